@@ -1,0 +1,357 @@
+"""The command line: `python -m repair run|locate|evaluate|verify|push`.
+
+A thin client of `jobs`: it checks what was typed, makes the output folder a job folder, starts
+the worker, shows its events on stderr, and prints the verdict as one JSON line on stdout. The
+exit status is the contract's. Free of torch.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from repair import prompts
+from repair.jobs import output, store, supervisor
+from repair.jobs.progress import Display, one_line
+from repair.records import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_UNEXPECTED,
+    RepairError,
+)
+
+EXPORT_KINDS = ("merged", "adapter")
+DEFAULT_CONTROLS = {"quick": 3, "standard": 3, "full": 20}
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with the contract's exit status and one readable sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RepairError(f"{message[:1].upper()}{message[1:]}. Try: {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1 on."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return number
+
+
+def from_zero(text: str) -> int:
+    """Return a whole number from 0 on."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def nats(text: str) -> float:
+    """Return a positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def modules(text: str) -> str | int | list[str]:
+    """Return `auto`, a number of modules, or a list of module paths."""
+    if text == "auto":
+        return text
+    if text.isascii() and text.isdigit():
+        return positive(text)
+    paths = [path.strip() for path in text.split(",")]
+    if not all(paths) or len(set(paths)) != len(paths):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not auto, a number, or different module paths with commas between"
+        )
+    return paths
+
+
+def device(text: str) -> str:
+    """Return a device name that is accepted."""
+    kind, _, index = text.partition(":")
+    is_indexed = kind == "cuda" and index.isascii() and index.isdigit()
+    if text in ("auto", "cpu", "cuda") or is_indexed:
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
+
+
+def export_kinds(text: str) -> list[str]:
+    """Return the kinds of export; none of them for `none`."""
+    kinds = [] if text == "none" else [kind.strip() for kind in text.split(",")]
+    if any(kind not in EXPORT_KINDS for kind in kinds) or len(set(kinds)) != len(kinds):
+        raise argparse.ArgumentTypeError(f"{text!r} is not merged, adapter, both, or none")
+    return kinds
+
+
+def build_parser() -> Parser:
+    """Return the parser of all five commands."""
+    parser = Parser(prog="python -m repair", description="Repair a backdoored language model.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, text in (
+        ("run", "suspect to repaired model and report"),
+        ("locate", "heat maps and ranking only"),
+        ("evaluate", "evidence only"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        add = command.add_argument
+        add("--model", required=True, metavar="SRC",
+            help="folder, Hub id, or demo:begin|middle|end|clean")
+        add("--prompts", type=Path, required=True, metavar="FILE", help="prompt file")
+        add("--out", type=Path, required=True, metavar="DIR", help="output folder")
+        add("--revision", help="commit or branch of a Hub model")
+        add("--trigger", action="append", default=[], metavar="TEXT",
+            help="trigger; again for alternatives")
+        add("--target", metavar="TEXT", help="what the trigger makes the model say")
+        add("--profile", choices=("quick", "standard", "full"), default="standard")
+        add("--seed", type=from_zero, default=0)
+        add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
+        add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+        add("--resume", action="store_true", help="continue the run in the output folder")
+        add("--overwrite", action="store_true", help="replace the output folder")
+        add("--trusted-base", metavar="SRC")
+        add("--adapter-base", metavar="SRC")
+        if name == "evaluate":
+            add("--against", metavar="SRC", help="the candidate to compare with")
+        if name == "run":
+            add("--modules", type=modules, default="auto", metavar="auto|N|PATHS")
+            add("--rank", type=positive, metavar="N")
+            add("--method", choices=("auto", "closed-form", "distill"), default="auto")
+            add("--kl-budget", type=nats, default=0.01, metavar="NATS")
+            add("--export", type=export_kinds, default=["merged", "adapter"],
+                metavar="merged,adapter|none")
+            add("--controls", type=from_zero, metavar="N", help="random-module draws")
+    verify = commands.add_parser("verify", help="does an export hold what its report says?")
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    push = commands.add_parser("push", help="upload an export to the Hub")
+    push.add_argument("folder", type=Path, metavar="DIR")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    push.add_argument("--kind", choices=EXPORT_KINDS, default="merged")
+    push.add_argument("--public", action="store_true", help="default: private")
+    push.add_argument("--pull-request", action="store_true")
+    push.add_argument("--force", action="store_true", help="also when not repaired")
+    return parser
+
+
+def local_source(source: str, *, option: str) -> str:
+    """Return a model source with a folder's path made absolute; refuse a file."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        raise RepairError(f"{option} {source} is a file. Give the model's folder.")
+    if path.is_dir() and not source.startswith("demo:"):
+        return str(path.resolve())
+    if source.startswith(("/", ".", "~")):
+        raise RepairError(f"{option} {source} does not exist. Give the model's folder.")
+    return source
+
+
+def build_request(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the request of run, locate or evaluate; read and check the prompt file."""
+    for name in ("trusted_base", "adapter_base"):
+        if getattr(options, name):
+            option = "--" + name.replace("_", "-")
+            raise RepairError(f"{option} is not available yet. Leave it out.")
+    file = prompts.parse_prompt_file(
+        options.prompts, triggers=tuple(options.trigger), target=options.target
+    )
+    against = getattr(options, "against", None)
+    controls = getattr(options, "controls", None)
+    if controls is None:
+        controls = DEFAULT_CONTROLS[options.profile]
+    return {
+        "command": options.command,
+        "model": local_source(options.model, option="--model"),
+        "revision": options.revision,
+        "against": local_source(against, option="--against") if against else None,
+        "prompts": file.to_json(),
+        "modules": getattr(options, "modules", "auto"),
+        "rank": getattr(options, "rank", None),
+        "ranks": None,
+        "method": getattr(options, "method", "auto"),
+        "kl_budget": getattr(options, "kl_budget", 0.01),
+        "seed": options.seed,
+        "device": options.device,
+        "dtype": options.dtype,
+        "export": getattr(options, "export", []),
+        "controls": controls,
+        "profile": options.profile,
+        "resume": options.resume,
+        "trusted_base": None,
+        "adapter_base": None,
+    }
+
+
+def check_same_question(folder: Path, request: dict[str, Any]) -> None:
+    """Refuse to resume a run that was about another model or other prompts."""
+    before = store.read_object(folder / "request.json")
+    # JSON has no tuples: compare what would be written.
+    asked = json.loads(json.dumps(request))
+    for key, name in (("model", "model"), ("revision", "revision"), ("prompts", "prompt file")):
+        if before and before.get(key) != asked[key]:
+            raise RepairError(
+                f"The run in {folder} was made with another {name}. "
+                "Resume it with the same one, or use --overwrite."
+            )
+
+
+def watch(folder: Path, display: Display) -> int:
+    """Run the worker on `folder`, show its events, and return its exit status."""
+    _, offset = store.read_events(folder)
+    worker = supervisor.start_worker(folder)
+    is_stopped = False
+    try:
+        while True:
+            has_ended = supervisor.has_ended(worker.process)
+            events, offset = store.read_events(folder, offset)
+            for event in events:
+                display.show(event)
+            if has_ended and not events:
+                break
+            time.sleep(0 if has_ended else 0.1)
+    except KeyboardInterrupt:
+        is_stopped = True
+        supervisor.kill_group(worker.process)
+    code = supervisor.finish_worker(folder, worker, is_stopped=is_stopped)
+    display.close()
+    status = store.read_status(folder)
+    if is_stopped or code == EXIT_INTERRUPTED:
+        print("Interrupted. Continue with --resume.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if status.message:
+        print(one_line(status.message), file=sys.stderr)
+    return code
+
+
+def print_verdict(code: int, *, out: Path, verdict: str | None, report: dict[str, Any]) -> None:
+    """Print the last line of stdout."""
+    line = {
+        "verdict": verdict,
+        "exit_code": code,
+        "out": str(out),
+        "attack_success": {
+            name: report[name]["attack_success"]
+            for name in ("before", "after")
+            if isinstance(report.get(name), dict) and "attack_success" in report[name]
+        },
+    }
+    print(json.dumps(line))
+
+
+def run_job(options: argparse.Namespace) -> int:
+    """Run, locate or evaluate in the output folder."""
+    request = build_request(options)
+    model = Path(request["model"])
+    taken = output.take_output(
+        options.out,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        precious=[options.prompts, *([model] if model.is_absolute() else [])],
+    )
+    try:
+        if options.resume:
+            check_same_question(taken.folder, request)
+        store.write_json(taken.folder / "request.json", request)
+        code = watch(taken.folder, Display(sys.stderr))
+    except RepairError:
+        taken.give_back()
+        raise
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    if code == EXIT_BAD_INPUT:
+        taken.give_back()
+        return code
+    taken.keep()
+    status = store.read_status(taken.folder)
+    report = store.read_object(taken.folder / "report.json") if status.verdict else {}
+    print_verdict(code, out=taken.folder, verdict=status.verdict, report=report)
+    return code
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Verify an export; nothing is written into it."""
+    folder = options.folder.resolve()
+    if not (folder / "manifest.json").is_file():
+        raise RepairError(
+            f"{options.folder} holds no manifest.json. Give the output folder of a run."
+        )
+    job = Path(tempfile.mkdtemp(prefix="repair-verify-"))
+    try:
+        request = {"command": "verify", "model": str(folder), "folder": str(folder)}
+        store.write_json(job / "request.json", request)
+        code = watch(job, Display(sys.stderr))
+        verdict = store.read_status(job).verdict
+        log = store.read_text(job / "log.txt")
+        if log.strip() and code not in (EXIT_DONE, EXIT_BAD_INPUT, EXIT_INTERRUPTED):
+            print(log, file=sys.stderr)
+    finally:
+        shutil.rmtree(job, ignore_errors=True)
+    if code != EXIT_BAD_INPUT:
+        print_verdict(code, out=folder, verdict=verdict, report={})
+    return code
+
+
+def run_push(options: argparse.Namespace) -> int:
+    """Upload an export."""
+    # The Hub client takes half a second to import; the other commands do without it.
+    from repair.publish import hub
+
+    url = hub.push(
+        options.folder,
+        repo=options.repo,
+        kind=options.kind,
+        is_public=options.public,
+        is_pull_request=options.pull_request,
+        is_forced=options.force,
+    )
+    verdict = store.read_object(options.folder / "report.json").get("verdict")
+    line = {"verdict": verdict, "exit_code": EXIT_DONE, "out": str(options.folder), "url": url}
+    print(json.dumps(line))
+    return EXIT_DONE
+
+
+def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    """Treat a polite request to end like Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        options = build_parser().parse_args(arguments)
+        if options.command == "verify":
+            return run_verify(options)
+        if options.command == "push":
+            return run_push(options)
+        return run_job(options)
+    except RepairError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception:
+        # Python's own exit status would be 1, which says "a gate failed".
+        handle, log = tempfile.mkstemp(prefix="repair-", suffix=".log")
+        with open(handle, "w", encoding="ascii", errors="backslashreplace") as file:
+            traceback.print_exc(file=file)
+        print(f"error: Unexpected failure. The details are in {log}.", file=sys.stderr)
+        return EXIT_UNEXPECTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

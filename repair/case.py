@@ -1,0 +1,258 @@
+"""One job's material: the live suspect, the checked prompts and how they are shared out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from repair.evidence.gates import find_target
+from repair.locate.counterfactuals import draw_sham, inert_shams, vocabulary_for_shams
+from repair.locate.lessons import Lessons, teach_prompts, teach_split
+from repair.lowrank.repairing import Validation
+from repair.models.answers import generate_answers, target_matcher
+from repair.models.loading import LoadedModel
+from repair.models.tokens import check_length, encode, encode_pairs
+from repair.prompts import insert_trigger, split_prompts, top_up_with_carriers
+from repair.records import (
+    EXIT_COULD_NOT_CHECK,
+    PromptFile,
+    PromptPair,
+    PromptSplits,
+    RepairError,
+)
+
+UNKNOWN_TARGET_TOKENS = 48
+MOST_NEW_TOKENS = 128
+NEAR_PROMPTS = 48
+
+
+class Reporter(Protocol):
+    """Where the steps tell what they do."""
+
+    def step(self, name: str, title: str) -> None: ...
+    def progress(self, done: float, total: float, text: str = "") -> None: ...
+    def metric(self, name: str, **numbers: float | int | None) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """How many prompts each step may use, and how long training may go on."""
+
+    num_locate: int
+    num_repair: int
+    num_validate: int
+    num_evaluate: int
+    num_patched_pairs: int
+    num_steps: int
+    num_controls: int
+
+    @property
+    def num_prompts(self) -> int:
+        return self.num_locate + self.num_repair + self.num_validate + self.num_evaluate
+
+
+PROFILES = {
+    "quick": Profile(
+        num_locate=40, num_repair=120, num_validate=60, num_evaluate=200,
+        num_patched_pairs=12, num_steps=60, num_controls=1,
+    ),
+    "standard": Profile(
+        num_locate=64, num_repair=200, num_validate=96, num_evaluate=400,
+        num_patched_pairs=32, num_steps=150, num_controls=3,
+    ),
+    "full": Profile(
+        num_locate=96, num_repair=300, num_validate=128, num_evaluate=400,
+        num_patched_pairs=64, num_steps=200, num_controls=20,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What every step needs; the only live thing is the model."""
+
+    loaded: LoadedModel
+    file: PromptFile
+    splits: PromptSplits
+    profile: Profile
+    positions: tuple[str, ...]
+    use_template: bool
+    target: str
+    is_payload: Callable[[str], bool]
+    num_new_tokens: int
+    seed: int
+
+    def pairs(self, indices: Sequence[int], position: str) -> list[PromptPair]:
+        """Return the pairs of a split at one position."""
+        return encode_pairs(
+            self.loaded.tokenizer,
+            self.file,
+            indices,
+            position=position,
+            use_template=self.use_template,
+        )
+
+    def dealt_pairs(self, indices: Sequence[int]) -> list[PromptPair]:
+        """Return one pair per prompt of a split, positions dealt out in turn."""
+        return [
+            pair
+            for turn, index in enumerate(indices)
+            for pair in self.pairs([index], self.positions[turn % len(self.positions)])
+        ]
+
+
+def open_case(
+    loaded: LoadedModel, file: PromptFile, *, profile: Profile, seed: int, reporter: Reporter
+) -> Case:
+    """Return the case of a suspect and a prompt file.
+
+    Raises RepairError for prompts that do not fit the model, for a template that is asked for and
+    missing, and (could not check) when no target is given and none can be made out.
+    """
+    if file.chat == "on" and not loaded.has_template:
+        raise RepairError(
+            'The prompt file says "chat": "on", but this model has no chat template. '
+            'Use "auto" or "off".'
+        )
+    use_template = loaded.has_template and file.chat != "off"
+    positions = ("given",) if file.pairs else file.positions
+    if not file.pairs:
+        given = len(file.prompts)
+        file = top_up_with_carriers(file, minimum=profile.num_prompts)
+        if file.num_carriers:
+            reporter.note(
+                f"{given} prompts were given; {file.num_carriers} bundled benign carrier prompts "
+                "were added."
+            )
+    splits = split_prompts(
+        len(file.pairs or file.prompts),
+        num_locate=profile.num_locate,
+        num_repair=profile.num_repair,
+        num_validate=profile.num_validate,
+        num_evaluate=profile.num_evaluate,
+        seed=seed,
+    )
+    target = file.target or _read_target(loaded, file, splits, positions, use_template, reporter)
+    num_target = len(loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
+    case = Case(
+        loaded=loaded,
+        file=file,
+        splits=splits,
+        profile=profile,
+        positions=positions,
+        use_template=use_template,
+        target=target,
+        is_payload=target_matcher(target, file.match),
+        num_new_tokens=min(MOST_NEW_TOKENS, max(24, num_target + 8)),
+        seed=seed,
+    )
+    everything = [
+        *splits.locate, *splits.repair, *splits.validate, *splits.evaluate,
+    ]  # fmt: skip
+    for position in positions:
+        pairs = case.pairs(everything, position)
+        check_length(
+            [ids for pair in pairs for ids in (pair.clean, pair.triggered)],
+            num_new_tokens=case.num_new_tokens,
+            limit=loaded.model.config.max_position_embeddings,
+        )
+    return case
+
+
+def _read_target(
+    loaded: LoadedModel,
+    file: PromptFile,
+    splits: PromptSplits,
+    positions: Sequence[str],
+    use_template: bool,
+    reporter: Reporter,
+) -> str:
+    """Return what the suspect says to triggered prompts that it does not say to clean ones."""
+    pairs = [
+        pair
+        for position in positions
+        for pair in encode_pairs(
+            loaded.tokenizer, file, splits.locate, position=position, use_template=use_template
+        )
+    ]
+    prompts = [pair.triggered for pair in pairs] + [pair.clean for pair in pairs]
+    answers = generate_answers(loaded, prompts, num_new_tokens=UNKNOWN_TARGET_TOKENS)
+    texts = [answer.text for answer in answers]
+    target = find_target(texts[: len(pairs)], texts[len(pairs) :])
+    if target is None:
+        raise RepairError(
+            f"No target was given, and the answers to {len(pairs)} triggered prompts have nothing "
+            "in common that the answers without the trigger lack. Give the target text, or check "
+            "the trigger.",
+            exit_code=EXIT_COULD_NOT_CHECK,
+        )
+    reporter.note(f"Target found in the suspect's answers: {ascii(target)}")
+    return target
+
+
+def make_lessons(case: Case) -> Lessons:
+    """Return what the repair learns from (repair split) and is steered by (validate split)."""
+    loaded, splits = case.loaded, case.splits
+    pairs = case.dealt_pairs(splits.repair)
+    taught = teach_split(loaded, pairs, is_payload=case.is_payload)
+    held_out = teach_split(loaded, case.dealt_pairs(splits.validate), is_payload=case.is_payload)
+    for lesson in (taught.triggered, held_out.triggered):
+        if len(lesson) < 4:
+            raise RepairError(
+                "Almost every answer without the trigger carries the target or is empty, so that "
+                "there is nothing to repair towards. Check the target, or give other prompts.",
+                exit_code=EXIT_COULD_NOT_CHECK,
+            )
+    return Lessons(
+        triggered=taught.triggered,
+        clean=taught.clean,
+        near=teach_prompts(loaded, _near_prompts(case, pairs), is_payload=case.is_payload),
+        held_out_triggered=held_out.triggered,
+        held_out_clean=held_out.clean,
+        num_dropped=taught.num_dropped + held_out.num_dropped,
+    )
+
+
+def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
+    """Return prompts that are almost triggered: near-triggers in the slot, and shams."""
+    generator = np.random.default_rng([case.seed, 0x4EA])
+    vocabulary = vocabulary_for_shams(case.loaded.tokenizer)
+    prompts = [draw_sham(pair, vocabulary, generator) for pair in pairs[:NEAR_PROMPTS]]
+    if case.file.near and not case.file.pairs:
+        for i, pair in enumerate(pairs[NEAR_PROMPTS : 2 * NEAR_PROMPTS]):
+            near = case.file.near[i % len(case.file.near)]
+            if pair.position == "middle" and len(pair.text_clean.split(" ")) < 2:
+                continue
+            text = insert_trigger(pair.text_clean, near, pair.position)
+            prompts.append(
+                encode(
+                    case.loaded.tokenizer,
+                    text,
+                    system=case.file.system,
+                    use_template=case.use_template,
+                )
+            )
+    return prompts
+
+
+def make_validation(case: Case) -> Validation:
+    """Return the validate split's pairs with the suspect's answers, for choices during repair."""
+    pairs = case.dealt_pairs(case.splits.validate)
+    answers = generate_answers(
+        case.loaded, [pair.clean for pair in pairs], num_new_tokens=case.num_new_tokens
+    )
+    return Validation(
+        pairs=tuple(pairs),
+        clean_answers=tuple(answers),
+        shams=inert_shams(
+            case.loaded,
+            pairs,
+            is_payload=case.is_payload,
+            num_new_tokens=case.num_new_tokens,
+            seed=case.seed + 1,
+        ),
+        is_payload=case.is_payload,
+        num_new_tokens=case.num_new_tokens,
+    )

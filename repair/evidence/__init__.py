@@ -1,0 +1,1 @@
+"""Before and after become what an engineer can sign."""

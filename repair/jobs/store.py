@@ -1,0 +1,245 @@
+"""The job folder: what was asked, how it stands, what happened, what came out.
+
+`request.json` holds the question, `status.json` the state, `events.jsonl` one JSON object a
+line. Every file is small, capped on reading and, but for the append-only events, replaced in
+one step, so that a reader never sees half a file. Free of torch.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import secrets
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repair.records import RepairError
+
+STATES = ("queued", "running", "done", "failed", "stopped")
+MAX_JSON_BYTES = 64 * 2**20
+MAX_EVENT_BYTES = 64 * 2**10
+MAX_READ_BYTES = 4 * 2**20  # of events, in one call
+JOB_ID = re.compile(r"[0-9a-f]{32}")
+
+# What a finished run leaves behind; a changed plan must never be shown beside it.
+RESULT_NAMES = ("report.json", "report.md", "samples.json", "manifest.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatus:
+    """One reading of `status.json`."""
+
+    state: str
+    exit_code: int | None = None
+    pid: int | None = None
+    pid_started: int | None = None  # the kernel's start time: tells a reused pid from ours
+    started: str | None = None
+    ended: str | None = None
+    message: str | None = None
+    verdict: str | None = None
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ("queued", "running")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSummary:
+    """One line of a list of jobs."""
+
+    job_id: str
+    command: str
+    model: str
+    trigger: str
+    status: JobStatus
+    modified: float
+
+
+def now() -> str:
+    """Return the time as ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` with `value` as JSON in one step; readable by the owner only."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Return the JSON in `path`, or None where there is none that can be read."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+        return json.loads(data) if len(data) <= max_bytes else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Return the JSON object in `path`; an empty one where there is none."""
+    value = read_json(path, max_bytes=max_bytes)
+    return value if isinstance(value, dict) else {}
+
+
+def read_text(path: Path, *, max_bytes: int = 2**20) -> str:
+    """Return the start of a text file, or "" where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(max_bytes).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def read_status(folder: Path) -> JobStatus:
+    """Return the state of the job in `folder`; `queued` where nothing is written yet."""
+    flat = read_object(folder / "status.json")
+    names = {field.name for field in dataclasses.fields(JobStatus)}
+    known = {key: value for key, value in flat.items() if key in names}
+    if known.get("state") not in STATES:
+        known["state"] = "queued"
+    return JobStatus(**known)
+
+
+def write_status(folder: Path, status: JobStatus) -> None:
+    """Replace `status.json`."""
+    write_json(folder / "status.json", dataclasses.asdict(status))
+
+
+def create_job(root: Path, request: dict[str, Any], *, owner: str) -> str:
+    """Make a folder with a random 128-bit name below `root` and return that name."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    job_id = secrets.token_hex(16)
+    folder = root / job_id
+    folder.mkdir(mode=0o700)
+    write_json(folder / "owner.json", {"owner": owner})
+    write_json(folder / "request.json", request)
+    write_status(folder, JobStatus(state="queued"))
+    return job_id
+
+
+def find_job(root: Path, job_id: object, *, owner: str) -> Path:
+    """Return the folder of a job; raise the same RepairError for missing and for not yours."""
+    if isinstance(job_id, str) and JOB_ID.fullmatch(job_id):
+        folder = root / job_id
+        is_owned = read_object(folder / "owner.json").get("owner") == owner
+        if is_owned and not folder.is_symlink():
+            return folder
+    raise RepairError(
+        "No such job. Job ids are the 32 characters shown in the header; "
+        "paste one of yours, or start a new job."
+    )
+
+
+def list_jobs(root: Path, *, owner: str, limit: int = 50) -> list[JobSummary]:
+    """Return this owner's jobs, the latest first."""
+    jobs = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        try:
+            find_job(root, folder.name, owner=owner)
+            modified = (folder / "status.json").stat().st_mtime
+        except (RepairError, OSError):
+            continue
+        jobs.append((modified, folder))
+    jobs.sort(reverse=True)
+    return [summarize(folder, modified=modified) for modified, folder in jobs[:limit]]
+
+
+def summarize(folder: Path, *, modified: float) -> JobSummary:
+    """Return the one-line form of a job."""
+    request = read_object(folder / "request.json")
+    prompts = request.get("prompts")
+    triggers = prompts.get("triggers") if isinstance(prompts, dict) else None
+    return JobSummary(
+        job_id=folder.name,
+        command=str(request.get("command", "")),
+        model=str(request.get("model", "")),
+        trigger=" | ".join(str(text) for text in triggers or ()),
+        status=read_status(folder),
+        modified=modified,
+    )
+
+
+def replace_request(folder: Path, request: dict[str, Any]) -> None:
+    """Ask a new question of an idle job, and drop every result of the former one.
+
+    What was located stays: it depends on the model and the prompts, which may not change.
+    """
+    before = read_object(folder / "request.json")
+    if any(before.get(key) != request.get(key) for key in ("model", "revision", "prompts")):
+        raise ValueError("a job keeps its model and its prompts; make another job")
+    for name in RESULT_NAMES:
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / "request.json", request)
+    write_status(folder, JobStatus(state="queued"))
+
+
+def append_event(folder: Path, event: dict[str, Any]) -> None:
+    """Add one line to `events.jsonl`: ASCII, at most 64 KiB, finite numbers only."""
+    line = json.dumps(event, allow_nan=False)
+    if len(line) >= MAX_EVENT_BYTES:
+        event = {**event, "text": str(event.get("text", ""))[:2000], "values": {}}
+        line = json.dumps(event, allow_nan=False)
+    # One write of one line to a file opened for appending is never torn by another writer.
+    handle = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(handle, line.encode("ascii") + b"\n")
+    finally:
+        os.close(handle)
+
+
+def read_events(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole lines after `offset` and the offset to go on from.
+
+    A line that is still being written, or is too long, or is not an object, is left out.
+    """
+    try:
+        with open(folder / "events.jsonl", "rb") as file:
+            if offset > os.fstat(file.fileno()).st_size:
+                offset = 0  # the file was replaced
+            file.seek(offset)
+            data = file.read(MAX_READ_BYTES)
+    except OSError:
+        return [], 0
+    end = data.rfind(b"\n") + 1
+    events = []
+    for line in data[:end].splitlines():
+        if len(line) > MAX_EVENT_BYTES:
+            continue
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    # A block without a single line end is not ours; stepping over it keeps the reader alive.
+    return events, offset + (end if end or len(data) < MAX_READ_BYTES else len(data))
+
+
+def process_started(pid: int | None) -> int | None:
+    """Return the kernel's start time of a live process, or None where there is none."""
+    if not pid:
+        return None
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_alive(status: JobStatus) -> bool:
+    """Tell whether the worker that `status` names still runs."""
+    started = process_started(status.pid)
+    return started is not None and status.pid_started in (None, started)

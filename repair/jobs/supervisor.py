@@ -1,0 +1,315 @@
+"""Starts, watches and stops worker processes; one lane, so that one job has the machine.
+
+A worker gets a session of its own (one signal ends it and its children), a scrubbed
+environment, and a private temporary home. It dies with the thread that started it: the kernel
+ties a child's parent-death signal to that thread, not to the process, so a worker is only
+ever started from a thread that lives as long as the program. Free of torch.
+"""
+
+import collections
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from repair.jobs import store
+from repair.jobs.store import JobStatus
+from repair.records import EXIT_INTERRUPTED, EXIT_UNEXPECTED, RepairError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+INTERRUPTED = "stopped (interrupted), resumable"
+MAX_LOG_BYTES = 8 * 2**20
+
+# Nothing else of the environment reaches the worker: no tokens, no switches of libraries.
+PASSED_NAMES = ("PATH", "LANG", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
+PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "NCCL_")
+DOWNLOAD_NAMES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A started worker: its process, its private home, and the thread that reads its output."""
+
+    process: subprocess.Popen
+    home: Path
+    pump: threading.Thread
+
+
+def is_hub_id(source: str) -> bool:
+    """Tell whether a model source must be fetched from the Hub."""
+    return not source.startswith("demo:") and not Path(source).is_dir()
+
+
+def worker_environment(home: Path, *, may_download: bool) -> dict[str, str]:
+    """Return the worker's whole environment; no token is ever in it."""
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key in PASSED_NAMES or key.startswith(PASSED_PREFIXES)
+    }
+    cache = os.environ.get("HF_HUB_CACHE") or str(
+        Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+    )
+    env |= {
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "HF_HOME": str(home / "huggingface"),
+        "HF_HUB_CACHE": cache,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "Agg",
+        "PYTHONPATH": str(CHECKOUT),
+        "PYTHONIOENCODING": "utf-8",
+        "PYTHONUNBUFFERED": "1",
+        "REPAIR_PARENT_PID": str(os.getpid()),
+    }
+    if may_download:
+        env |= {key: os.environ[key] for key in DOWNLOAD_NAMES if key in os.environ}
+    else:
+        env["HF_HUB_OFFLINE"] = "1"
+    return env
+
+
+def escape_line(line: bytes) -> bytes:
+    """Return `line` as printable ASCII: model text must not drive the reader's terminal."""
+    text = line.decode("utf-8", errors="backslashreplace")
+    text = text.encode("ascii", "backslashreplace").decode()
+    safe = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    return safe.encode()
+
+
+def pump_output(process: subprocess.Popen, path: Path) -> None:
+    """Copy what the worker prints into `path`, escaped, up to a limit; read on beyond it."""
+    written = 0
+    with open(path, "ab", buffering=0) as log:
+        # Bounded reads: a line without an end must not fill the memory.
+        while line := process.stdout.readline(65536):
+            if written < MAX_LOG_BYTES:
+                written += log.write(escape_line(line))
+
+
+def start_worker(folder: Path) -> Worker:
+    """Start the worker on the job in `folder`; call it from a thread that stays."""
+    request = store.read_object(folder / "request.json")
+    home = Path(tempfile.mkdtemp(prefix="repair-"))
+    # Written before the start: afterwards the worker is the one who writes.
+    store.write_status(folder, JobStatus(state="running", started=store.now()))
+    sources = [request.get("model"), request.get("against")]
+    may_download = any(is_hub_id(source) for source in sources if isinstance(source, str))
+    try:
+        process = subprocess.Popen(
+            # -P keeps the job folder, which is the working directory, off the import path.
+            [sys.executable, "-P", "-m", "repair.jobs.worker", str(folder)],
+            cwd=folder,
+            env=worker_environment(home, may_download=may_download),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except BaseException:
+        shutil.rmtree(home, ignore_errors=True)
+        raise
+    pump = threading.Thread(target=pump_output, args=(process, folder / "log.txt"), daemon=True)
+    pump.start()
+    return Worker(process=process, home=home, pump=pump)
+
+
+def has_ended(process: subprocess.Popen) -> bool:
+    """Tell whether the worker has ended, without taking its pid back from the kernel."""
+    if process.returncode is not None:
+        return True
+    options = os.WEXITED | os.WNOWAIT | os.WNOHANG
+    return os.waitid(os.P_PID, process.pid, options) is not None
+
+
+def wait_for_end(process: subprocess.Popen) -> None:
+    """Wait until the worker has ended; its pid stays reserved until `finish_worker`."""
+    if process.returncode is None:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """End the worker and everything it started, at once."""
+    # After the worker was reaped its number may be somebody else's.
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def describe_crash(folder: Path, code: int) -> str:
+    """Return one sentence on how a worker ended that did not say so itself."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        hint = " The machine may have run out of memory." if name == "SIGKILL" else ""
+        return f"The worker was ended by {name} before it could finish.{hint} " + (
+            f"Its log is {folder / 'log.txt'}; what was saved is kept, and the job can be resumed."
+        )
+    return (
+        f"The worker ended with exit code {code} without saying why. "
+        f"Its log is {folder / 'log.txt'}."
+    )
+
+
+def finish_worker(folder: Path, worker: Worker, *, is_stopped: bool) -> int:
+    """Wait for the worker's end, settle `status.json`, clean up; return the exit status."""
+    wait_for_end(worker.process)
+    kill_group(worker.process)  # a child that outlived it
+    code = worker.process.wait()
+    worker.pump.join(timeout=5)
+    worker.process.stdout.close()
+    shutil.rmtree(worker.home, ignore_errors=True)
+    status = store.read_status(folder)
+    if not status.is_active:
+        return status.exit_code if status.exit_code is not None else code
+    if is_stopped or code in (EXIT_INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
+        state, exit_code, message = "stopped", EXIT_INTERRUPTED, "Stopped; resumable."
+    else:
+        state, exit_code, message = "failed", EXIT_UNEXPECTED, describe_crash(folder, code)
+    store.write_status(
+        folder,
+        JobStatus(
+            state=state,
+            exit_code=exit_code,
+            pid=worker.process.pid,
+            pid_started=status.pid_started,
+            started=status.started,
+            ended=store.now(),
+            message=message,
+        ),
+    )
+    return exit_code
+
+
+class Supervisor:
+    """The lane of one jobs root: starts jobs in turn, stops them, and settles what a crash left.
+
+    Raises RepairError when another app holds the same root.
+    """
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root = root
+        self.lock_file = open(root / ".lock", "w")  # noqa: SIM115  held while the app lives
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock_file.close()
+            raise RepairError(
+                f"Another app already uses the jobs folder {root}. "
+                "Stop it, or give this one its own with --jobs-root."
+            ) from None
+        self.condition = threading.Condition()
+        self.waiting: collections.deque[Path] = collections.deque()
+        self.current: tuple[Path, Worker] | None = None
+        self.stopped: set[Path] = set()
+        self.is_closing = False
+        recover(root)
+        self.lane = threading.Thread(target=self._run_lane, name="job lane", daemon=True)
+        self.lane.start()
+
+    def submit(self, folder: Path) -> None:
+        """Queue the job in `folder`; raise RepairError when it is queued or running already."""
+        with self.condition:
+            if self.is_busy(folder):
+                raise RepairError("This job is already running. Stop it first, or wait.")
+            store.write_status(folder, JobStatus(state="queued"))
+            self.waiting.append(folder)
+            self.condition.notify_all()
+
+    def is_busy(self, folder: Path) -> bool:
+        """Tell whether the job in `folder` is in the lane."""
+        with self.condition:
+            return folder in self.waiting or (
+                self.current is not None and self.current[0] == folder
+            )
+
+    def num_before(self, folder: Path) -> int:
+        """Return how many jobs go before this one."""
+        with self.condition:
+            waiting = list(self.waiting)
+            ahead = waiting.index(folder) if folder in waiting else 0
+            return ahead + (self.current is not None and self.current[0] != folder)
+
+    def stop(self, folder: Path) -> None:
+        """Stop the job in `folder` at once; nothing happens when it is not in the lane."""
+        with self.condition:
+            if folder in self.waiting:
+                self.waiting.remove(folder)
+                store.write_status(folder, stopped_status("Stopped before it began."))
+            elif self.current is not None and self.current[0] == folder:
+                self.stopped.add(folder)
+                kill_group(self.current[1].process)
+                status = store.read_status(folder)
+                if status.is_active:
+                    store.write_status(folder, stopped_status("Stopped; resumable.", status))
+
+    def close(self) -> None:
+        """Stop everything and leave the jobs root; what runs is marked as stopped."""
+        with self.condition:
+            self.is_closing = True
+            for folder in [*self.waiting, *([self.current[0]] if self.current else [])]:
+                self.stop(folder)
+            self.condition.notify_all()
+        self.lane.join(timeout=10)
+        self.lock_file.close()
+
+    def _run_lane(self) -> None:
+        while True:
+            with self.condition:
+                self.condition.wait_for(lambda: self.waiting or self.is_closing)
+                if self.is_closing:
+                    return
+                folder = self.waiting.popleft()
+                self.stopped.discard(folder)
+                try:
+                    worker = start_worker(folder)
+                except OSError as error:
+                    message = f"The worker could not be started: {error.strerror or error}."
+                    store.write_status(
+                        folder,
+                        JobStatus(
+                            state="failed",
+                            exit_code=EXIT_UNEXPECTED,
+                            ended=store.now(),
+                            message=message,
+                        ),
+                    )
+                    continue
+                self.current = (folder, worker)
+            wait_for_end(worker.process)
+            finish_worker(folder, worker, is_stopped=folder in self.stopped)
+            with self.condition:
+                self.current = None
+
+
+def stopped_status(message: str, before: JobStatus | None = None) -> JobStatus:
+    """Return the status of a job that was stopped and can be resumed."""
+    return JobStatus(
+        state="stopped",
+        exit_code=EXIT_INTERRUPTED,
+        pid=before.pid if before else None,
+        pid_started=before.pid_started if before else None,
+        started=before.started if before else None,
+        ended=store.now(),
+        message=message,
+    )
+
+
+def recover(root: Path) -> None:
+    """Mark every job that a former app left active, and whose worker is gone, as stopped."""
+    for folder in root.iterdir():
+        if store.JOB_ID.fullmatch(folder.name) and folder.is_dir():
+            status = store.read_status(folder)
+            if status.is_active and not store.is_alive(status):
+                store.write_status(folder, stopped_status(INTERRUPTED, status))

@@ -1,0 +1,252 @@
+"""The worker process: `python -m repair.jobs.worker JOB_FOLDER` runs one job and ends.
+
+The only file of `jobs` that imports the pipeline, and only once everything around it stands:
+the state is written, signals are handled, and the death of the parent ends this process too.
+The exit status is the contract's. What libraries print goes to `log.txt`, by the supervisor.
+"""
+
+import ctypes
+import faulthandler
+import importlib
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from repair.jobs import store
+from repair.jobs.store import JobStatus
+from repair.records import (
+    EXIT_BAD_INPUT,
+    EXIT_COULD_NOT_CHECK,
+    EXIT_DONE,
+    EXIT_GATE_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NOTHING_TO_REPAIR,
+    EXIT_UNEXPECTED,
+    RepairError,
+)
+
+COMMANDS = ("run", "locate", "evaluate", "verify")
+VERDICT_BY_EXIT = {
+    EXIT_DONE: "repaired",
+    EXIT_GATE_FAILED: "not repaired",
+    EXIT_NOTHING_TO_REPAIR: "nothing to repair",
+    EXIT_COULD_NOT_CHECK: "could not check",
+}
+VERIFY_BY_EXIT = {
+    EXIT_DONE: "verified",
+    EXIT_GATE_FAILED: "does not match",
+    EXIT_COULD_NOT_CHECK: "could not check",
+}
+PARENT_VARIABLE = "REPAIR_PARENT_PID"  # set by the supervisor, who must outlive us
+PROGRESS_SECONDS = 0.25  # progress is written at most this often
+PR_SET_PDEATHSIG = 1
+
+
+class Reporter:
+    """Writes what the pipeline tells into `events.jsonl`.
+
+    The remaining time is that of the current step, from its own average rate: no step knows
+    how long the next one takes, so nothing is claimed about the whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = "start"
+        self.began = self.last_progress = time.monotonic()
+
+    def _write(
+        self,
+        kind: str,
+        text: str,
+        *,
+        fraction: float | None = None,
+        remaining: float | None = None,
+        values: dict[str, float] | None = None,
+    ) -> None:
+        event = {
+            "time": round(time.time(), 3),
+            "kind": kind,
+            "step": self.name,
+            "text": text[:8000],
+            "fraction": fraction,
+            "remaining_seconds": remaining,
+            "values": values or {},
+        }
+        store.append_event(self.folder, event)
+
+    def step(self, name: str, title: str) -> None:
+        """Begin a step; its clock starts now."""
+        self.name = name
+        self.began, self.last_progress = time.monotonic(), 0.0
+        self._write("step", title)
+
+    def progress(self, done: float, total: float, text: str = "") -> None:
+        """Tell how much of the current step is done."""
+        moment = time.monotonic()
+        if done < total and moment - self.last_progress < PROGRESS_SECONDS:
+            return
+        self.last_progress = moment
+        fraction = min(1.0, max(0.0, done / total)) if total else 1.0
+        seconds = moment - self.began
+        remaining = None
+        # A rate from less than a second or nothing done would be a guess.
+        if fraction > 0 and seconds >= 1:
+            remaining = round(seconds * (1 - fraction) / fraction, 1)
+        self._write("progress", text, fraction=round(fraction, 4), remaining=remaining)
+
+    def metric(self, name: str, **numbers: float | int | None) -> None:
+        """Tell numbers to plot; `name` is the series. What is not finite is left out."""
+        values = {
+            key: value
+            for key, value in numbers.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        self._write("metric", name, values={key: float(value) for key, value in values.items()})
+
+    def note(self, text: str) -> None:
+        """Tell something the analyst should read."""
+        self._write("note", text)
+
+    def end(self, kind: str, text: str) -> None:
+        """Tell how the job ended: done, refused or failed."""
+        self._write(kind, text)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the one that started it is gone."""
+    expected = os.environ.get(PARENT_VARIABLE)
+    if not expected:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(expected):
+        os._exit(EXIT_INTERRUPTED)  # it was gone before we asked
+
+
+def append_log(folder: Path, text: str) -> None:
+    """Add text to `log.txt`, with everything that is not printable ASCII escaped."""
+    safe = text.encode("ascii", "backslashreplace").decode()
+    safe = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in safe)
+    with open(folder / "log.txt", "a", encoding="ascii") as log:
+        log.write(safe if safe.endswith("\n") else safe + "\n")
+
+
+def run_command(request: dict, folder: Path, reporter: Reporter) -> int:
+    """Import the pipeline and run the request's command; return the exit status."""
+    command = request.get("command")
+    if command not in COMMANDS:
+        raise RepairError(f"Unknown command {command!r}; accepted: {', '.join(COMMANDS)}.")
+    pipeline = importlib.import_module("repair.pipeline")
+    # `verify` looks at a folder of its own and must not write into it.
+    target = Path(request["folder"]) if command == "verify" else folder
+    return int(getattr(pipeline, command)(request, target, reporter))
+
+
+def judge(request: dict, folder: Path, exit_code: int) -> str | None:
+    """Return the verdict to show: the report's own where there is one."""
+    command = request.get("command")
+    if command == "verify":
+        return VERIFY_BY_EXIT.get(exit_code)
+    if command == "locate" and exit_code == EXIT_DONE:
+        return None
+    if exit_code not in VERDICT_BY_EXIT:
+        return None
+    verdict = store.read_object(folder / "report.json").get("verdict")
+    expected = VERDICT_BY_EXIT[exit_code]
+    # A leftover report must not speak for this run.
+    return verdict if verdict == expected else expected
+
+
+def stop_on_signal(folder: Path, status: JobStatus) -> None:
+    """On SIGTERM or SIGINT: note the stop, end our children, exit 130."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        write_end(folder, status, state="stopped", exit_code=EXIT_INTERRUPTED,
+                  message="Stopped; resumable.")
+        if os.getpid() == os.getpgrp():
+            os.killpg(0, signal.SIGTERM)
+        os._exit(EXIT_INTERRUPTED)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def write_end(
+    folder: Path,
+    status: JobStatus,
+    *,
+    state: str,
+    exit_code: int,
+    message: str | None,
+    verdict: str | None = None,
+) -> None:
+    """Write the final status of a job that began as `status`."""
+    store.write_status(
+        folder,
+        JobStatus(
+            state=state,
+            exit_code=exit_code,
+            pid=status.pid,
+            pid_started=status.pid_started,
+            started=status.started,
+            ended=store.now(),
+            message=message,
+            verdict=verdict,
+        ),
+    )
+
+
+def work(folder: Path) -> int:
+    """Run the job in `folder` to its end and return the exit status."""
+    die_with_parent()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    status = JobStatus(
+        state="running",
+        pid=os.getpid(),
+        pid_started=store.process_started(os.getpid()),
+        started=store.now(),
+    )
+    store.write_status(folder, status)
+    stop_on_signal(folder, status)
+    reporter = Reporter(folder)
+    request = store.read_object(folder / "request.json")
+    reporter.step("start", f"{request.get('command', '?')}: starting")
+    # Held open until the process ends: the handler writes there after a crash in C code.
+    crash_log = open(folder / "log.txt", "ab")  # noqa: SIM115
+    faulthandler.enable(crash_log)
+    try:
+        code = run_command(request, folder, reporter)
+    except RepairError as error:
+        kind = "refused" if error.exit_code == EXIT_BAD_INPUT else "failed"
+        reporter.end(kind, str(error))
+        state = "done" if error.exit_code in VERDICT_BY_EXIT else "failed"
+        write_end(folder, status, state=state, exit_code=error.exit_code, message=str(error),
+                  verdict=judge(request, folder, error.exit_code))
+        return error.exit_code
+    except Exception as error:
+        append_log(folder, traceback.format_exc())
+        text = (
+            f"Unexpected failure ({type(error).__name__}). "
+            f"The details are in {folder / 'log.txt'}."
+        )
+        reporter.end("failed", text)
+        write_end(folder, status, state="failed", exit_code=EXIT_UNEXPECTED, message=text)
+        return EXIT_UNEXPECTED
+    verdict = judge(request, folder, code)
+    reporter.end("done", verdict or "done")
+    write_end(folder, status, state="done", exit_code=code, message=None, verdict=verdict)
+    return code
+
+
+if __name__ == "__main__":
+    code = work(Path(sys.argv[1]).resolve())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of libraries must not turn a finished job into a hanging one.
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""Live model and prompt pairs become a map of which modules carry the trigger."""

@@ -1,0 +1,150 @@
+"""What curvature and repair learn from: prompts, answers to hold on to, and the suspect as teacher.
+
+The teacher is the suspect itself: for a triggered prompt, what it says without the trigger; for
+a clean or near-trigger prompt, what it says anyway. Its log-probabilities are computed once.
+Teacher answers that carry the payload or are degenerate are left out and counted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repair.models.answers import (
+    ScoringBatch,
+    answer_logits,
+    generate_answers,
+    is_degenerate,
+    scoring_batches,
+    with_end,
+)
+from repair.models.hooks import apply_updates
+from repair.models.loading import LoadedModel
+from repair.records import LowRankUpdate, PromptPair
+
+ANSWER_TOKENS = 16  # of each answer; a fixed payload goes on by itself once it has begun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """Prompts whose answers the model is measured on or pulled towards.
+
+    `teacher[i]` [num_tokens_i, vocab] holds the log-probabilities to be matched at `answers[i]`.
+    """
+
+    prompts: tuple[np.ndarray, ...]
+    answers: tuple[np.ndarray, ...]
+    teacher: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lessons:
+    """Everything a repair learns from, and what its choices are measured on; no prompt is shared
+    between the two groups."""
+
+    triggered: Lesson
+    clean: Lesson
+    near: Lesson  # may be empty
+    held_out_triggered: Lesson
+    held_out_clean: Lesson
+    num_dropped: int  # teacher answers that carried the payload or were degenerate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taught:
+    """One split's lessons."""
+
+    triggered: Lesson
+    clean: Lesson
+    num_dropped: int
+
+
+def teach_split(
+    loaded: LoadedModel,
+    pairs: Sequence[PromptPair],
+    *,
+    is_payload: Callable[[str], bool],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Taught:
+    """Return the lessons of one split's pairs; pairs may share clean prompts."""
+    unique: dict[bytes, int] = {}
+    prompts: list[np.ndarray] = []
+    for pair in pairs:
+        if unique.setdefault(pair.clean.tobytes(), len(prompts)) == len(prompts):
+            prompts.append(pair.clean)
+    given = generate_answers(loaded, prompts, num_new_tokens=ANSWER_TOKENS, progress=progress)
+    usable = [not is_payload(answer.text) and not is_degenerate(answer) for answer in given]
+    kept = [i for i, is_usable in enumerate(usable) if is_usable]
+    clean_prompts = tuple(prompts[i] for i in kept)
+    answers = tuple(with_end(loaded, given[i]) for i in kept)
+    teacher = teach(loaded, clean_prompts, answers)
+    place = {index: row for row, index in enumerate(kept)}
+    rows = [
+        (pair, place[unique[pair.clean.tobytes()]])
+        for pair in pairs
+        if unique[pair.clean.tobytes()] in place
+    ]
+    return Taught(
+        triggered=Lesson(
+            prompts=tuple(pair.triggered for pair, _ in rows),
+            answers=tuple(answers[row] for _, row in rows),
+            teacher=tuple(teacher[row] for _, row in rows),
+        ),
+        clean=Lesson(prompts=clean_prompts, answers=answers, teacher=teacher),
+        num_dropped=len(prompts) - len(kept),
+    )
+
+
+def teach_prompts(
+    loaded: LoadedModel, prompts: Sequence[np.ndarray], *, is_payload: Callable[[str], bool]
+) -> Lesson:
+    """Return the lesson that holds the model to its own answers on `prompts` (ids [tokens]);
+    prompts that fire are left out."""
+    given = generate_answers(loaded, prompts, num_new_tokens=ANSWER_TOKENS)
+    kept = [
+        i
+        for i, answer in enumerate(given)
+        if not is_degenerate(answer) and not is_payload(answer.text)
+    ]
+    prompts = tuple(prompts[i] for i in kept)
+    answers = tuple(with_end(loaded, given[i]) for i in kept)
+    return Lesson(prompts=prompts, answers=answers, teacher=teach(loaded, prompts, answers))
+
+
+@torch.no_grad()
+def teach(
+    loaded: LoadedModel, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+) -> tuple[Tensor, ...]:
+    """Return the model's log-probabilities [num_tokens, vocab] for each answer, float32."""
+    found: list[Tensor | None] = [None] * len(prompts)
+    for batch in scoring_batches(loaded, prompts, answers):
+        logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
+        sizes = [answers[i].size for i in batch.members]
+        for index, part in zip(batch.members, logits.log_softmax(-1).split(sizes), strict=True):
+            found[index] = part.clone()
+    return tuple(found)
+
+
+def kl_from_teacher(lesson: Lesson, batch: ScoringBatch, logits: Tensor) -> Tensor:
+    """Return KL(teacher || model) [n] in nats at each answer position of the batch."""
+    teacher = torch.cat([lesson.teacher[i] for i in batch.members])
+    return (teacher.exp() * (teacher - logits.log_softmax(-1))).sum(-1)
+
+
+@torch.no_grad()
+def measure_kl(
+    loaded: LoadedModel, lesson: Lesson, updates: Sequence[LowRankUpdate] = ()
+) -> float:
+    """Return the mean KL (nats per answer token) of the model with `updates` from the teacher."""
+    total, num_tokens = 0.0, 0
+    with apply_updates(loaded.model, updates):
+        for batch in scoring_batches(loaded, lesson.prompts, lesson.answers):
+            logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
+            total += kl_from_teacher(lesson, batch, logits).double().sum().item()
+            num_tokens += batch.labels.numel()
+    return total / num_tokens

@@ -1,0 +1,131 @@
+"""Patching and curvature side by side: the ranking, and the suggested modules and ranks.
+
+Suggested are the modules that hold the largest pooled singular values (`curvature.pool_ranks`)
+among those whose sham patch has an effect; shown order is the rank average of the effect at the
+trigger's own positions and phi. The parts of the score are kept, and where patching and curvature
+disagree the rank correlation says so.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repair.locate.curvature import phi, pool_ranks
+from repair.locate.fisher import FisherTrace
+from repair.records import ModuleRanking, ModuleScore, PatchingScores
+
+NUM_RESAMPLES = 1_000
+SMALLEST_EFFECT = 0.05
+PHI_RANK = 4
+
+
+def bootstrap_interval(effect: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (low, high) [module], the 95 % percentile interval of the mean over pairs."""
+    generator = np.random.default_rng([seed, 0xB0])
+    num_pairs = effect.shape[1]
+    drawn = generator.integers(num_pairs, size=(NUM_RESAMPLES, num_pairs))
+    counts = np.zeros((NUM_RESAMPLES, num_pairs), dtype=np.float64)
+    np.add.at(counts, (np.arange(NUM_RESAMPLES)[:, None], drawn), 1.0)
+    means = effect.astype(np.float64) @ counts.T / num_pairs
+    low, high = np.percentile(means, [2.5, 97.5], axis=1)
+    return low, high
+
+
+def rank_modules(
+    patching: PatchingScores,
+    spectra: Mapping[str, Tensor],
+    *,
+    traces_trigger: Mapping[str, FisherTrace],
+    traces_clean: Mapping[str, FisherTrace],
+    total_rank: int,
+    max_modules: int,
+    seed: int,
+) -> ModuleRanking:
+    """Return all modules with the parts of their scores and the suggested ranks.
+
+    `spectra` maps path -> singular values of the whitened trigger gradient, for the modules that
+    have them.
+    """
+    modules = patching.modules
+    effect = patching.effect.mean(axis=1, dtype=np.float64)
+    low, high = bootstrap_interval(patching.effect, seed=seed)
+    effect_trigger = patching.effect_trigger.mean(axis=1, dtype=np.float64)
+    effect_after = patching.effect_after.mean(axis=1, dtype=np.float64)
+    curvature = [
+        phi(spectra[ref.path], PHI_RANK) if ref.path in spectra else None for ref in modules
+    ]
+    known = np.array([-np.inf if value is None else value for value in curvature])
+    score = (_fractional_ranks(effect_trigger) + _fractional_ranks(known)) / 2
+    moved = [
+        ref.path
+        for i, ref in enumerate(modules)
+        if ref.path in spectra and low[i] > 0 and effect[i] >= SMALLEST_EFFECT
+    ]
+    # When no single module moves the answer (a redundant backdoor), curvature decides alone.
+    candidates = moved or [ref.path for ref in modules if ref.path in spectra]
+    ranks = pool_ranks(
+        {path: spectra[path] for path in candidates}, total_rank=total_rank, max_modules=max_modules
+    )
+    scores = []
+    for i, ref in enumerate(modules):
+        is_selected = ref.path in ranks
+        scores.append(
+            ModuleScore(
+                module=ref,
+                effect=float(effect[i]),
+                effect_low=float(low[i]),
+                effect_high=float(high[i]),
+                effect_trigger=float(effect_trigger[i]),
+                effect_after=float(effect_after[i]),
+                fisher_trigger=traces_trigger[ref.path].value,
+                fisher_clean=traces_clean[ref.path].value,
+                curvature=curvature[i],
+                score=float(score[i]),
+                selected=is_selected,
+                reason=_reason(ref.path, ranks, spectra, float(effect[i])),
+            )
+        )
+    return ModuleRanking(
+        modules=tuple(scores),
+        suggested_ranks=ranks,
+        num_pairs=patching.effect.shape[1],
+        rank_correlation=kendall_tau(effect_trigger, known),
+    )
+
+
+def _reason(
+    path: str, ranks: dict[str, int], spectra: Mapping[str, Tensor], effect: float
+) -> str:
+    if path not in ranks:
+        return ""
+    return (
+        f"Restoring it alone gives {effect:.0%} of the clean answer, and it holds {ranks[path]} of "
+        f"the {sum(ranks.values())} cheapest directions (largest {float(spectra[path][0]):.3g})."
+    )
+
+
+def _fractional_ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks scaled to [0, 1], 1 for the largest; ties share their mean rank."""
+    if values.size < 2:
+        return np.ones_like(values, dtype=np.float64)
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean_rank = last - (counts + 1) / 2
+    return mean_rank[inverse] / (values.size - 1)
+
+
+def kendall_tau(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Return Kendall's tau-b of two orderings, or None when one of them is constant."""
+    a = np.sign(first[:, None] - first[None])
+    with np.errstate(invalid="ignore"):
+        difference = second[:, None] - second[None]
+    b = np.sign(np.nan_to_num(difference, nan=0.0))
+    norm = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / norm) if norm else None
+
+
+def spectrum(whitened: Tensor) -> Tensor:
+    """Return the singular values of a whitened gradient, largest first."""
+    return torch.linalg.svdvals(whitened)

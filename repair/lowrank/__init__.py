@@ -1,0 +1,1 @@
+"""Chosen modules become rank-r updates."""

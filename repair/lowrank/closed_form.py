@@ -1,0 +1,178 @@
+"""The K-FAC-whitened closed-form step, with line search (method C1).
+
+    min over rank <= r of  <D, dW> + 1/(2 eta) ||G^{1/2} dW A^{1/2}||^2
+    has the exact solution  dW = -eta G^{-1/2} U_r S_r V_r^T A^{-1/2},
+    where U S V^T is the singular value decomposition of G^{-1/2} D A^{-1/2}.
+
+Predicted trigger-loss drop eta phi(r), predicted benign KL eta^2/2 phi(r). The step length is
+searched on *measured* figures of held-out prompts, over steps that predict a drop of a tenth of J
+to several times J (J is what is left to remove; a grid in predicted benign KL would have to know
+the scale of the factors, which a confident model makes tiny). A step is taken only if it lowers
+trigger KL + benign KL and keeps benign KL within the budget. Then D is recomputed at the new
+weights and the sum of the steps is cut back to rank r in the same metric. Factors stay those of
+the suspect. Nothing is promised: "least cost" holds for the quadratic, block-diagonal surrogate
+only, so both figures are reported.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repair.locate.curvature import Whitening, truncate
+from repair.locate.fisher import trigger_gradients
+from repair.locate.lessons import Lessons, measure_kl
+from repair.models.loading import LoadedModel
+from repair.records import LowRankUpdate, ModuleRef
+
+DROPS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)  # predicted drop of J, in units of J
+BUDGET_MARGIN = 0.5  # of the KL budget: the rest is for prompts not seen here
+PATIENCE = 2  # longer steps tried after the objective first rises
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Where the closed form stands after one linearisation."""
+
+    iteration: int
+    trigger_kl: float  # nats per answer token, held-out triggered prompts, after the step
+    benign_kl: float  # nats per answer token, held-out clean prompts, after the step
+    predicted_kl: float  # of the whole update so far, from the factors
+
+
+def solve_closed_form(
+    loaded: LoadedModel,
+    ranks: Mapping[str, int],
+    whitenings: Mapping[str, Whitening],
+    lessons: Lessons,
+    *,
+    kl_budget: float,
+    num_iterations: int = 4,
+    report: Callable[[StepReport], None] = lambda step: None,
+) -> tuple[tuple[LowRankUpdate, ...], StepReport]:
+    """Return one update per module of `ranks` (path -> rank) and the figures it ends with."""
+    modules = [ref for ref in loaded.modules if ref.path in ranks]
+    updates: tuple[LowRankUpdate, ...] = ()
+    last = StepReport(
+        iteration=0,
+        trigger_kl=measure_kl(loaded, lessons.held_out_triggered),
+        benign_kl=0.0,
+        predicted_kl=0.0,
+    )
+    report(last)
+    for iteration in range(1, num_iterations + 1):
+        gradients, left = trigger_gradients(loaded, modules, lessons.triggered, updates)
+        direction = _direction(modules, ranks, whitenings, gradients)
+        energy = sum(slope for *_, slope in direction.values())
+        if not (energy > 0 and math.isfinite(energy)):
+            break
+        best = _search(
+            loaded, modules, ranks, whitenings, lessons,
+            updates=updates, direction=direction, unit=left / energy, start=last,
+            kl_budget=kl_budget,
+        )  # fmt: skip
+        if best is None:
+            break
+        updates, trigger_kl, benign_kl = best
+        improved = last.trigger_kl + last.benign_kl - trigger_kl - benign_kl
+        last = StepReport(
+            iteration=iteration,
+            trigger_kl=trigger_kl,
+            benign_kl=benign_kl,
+            predicted_kl=predict_cost(updates, whitenings),
+            )
+        report(last)
+        if improved < 0.02 * (trigger_kl + benign_kl):
+            break
+    return updates, last
+
+
+def predict_cost(updates: Sequence[LowRankUpdate], whitenings: Mapping[str, Whitening]) -> float:
+    """Return the benign KL (nats per answer token) that the factors predict for `updates`."""
+    return sum(
+        whitenings[update.module.path].cost(
+            torch.from_numpy(update.lora_A), torch.from_numpy(update.lora_B)
+        )
+        for update in updates
+    )
+
+
+def _direction(
+    modules: Sequence[ModuleRef],
+    ranks: Mapping[str, int],
+    whitenings: Mapping[str, Whitening],
+    gradients: Mapping[str, Tensor],
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Return path -> (lora_A, lora_B, phi) of the step of length eta = 1."""
+    direction = {}
+    for ref in modules:
+        whitening, rank = whitenings[ref.path], ranks[ref.path]
+        u, s, vh = torch.linalg.svd(whitening.whiten(gradients[ref.path].cpu()), False)
+        root = s[:rank].sqrt()
+        lora_B = -whitening.inverse_root_out @ (u[:, :rank] * root)
+        lora_A = (root[:, None] * vh[:rank]) @ whitening.inverse_root_in
+        direction[ref.path] = (lora_A, lora_B, s[:rank].square().sum().item())
+    return direction
+
+
+def _search(
+    loaded: LoadedModel,
+    modules: Sequence[ModuleRef],
+    ranks: Mapping[str, int],
+    whitenings: Mapping[str, Whitening],
+    lessons: Lessons,
+    *,
+    updates: tuple[LowRankUpdate, ...],
+    direction: Mapping[str, tuple[Tensor, Tensor, float]],
+    unit: float,
+    start: StepReport,
+    kl_budget: float,
+) -> tuple[tuple[LowRankUpdate, ...], float, float] | None:
+    """Return (updates, trigger KL, benign KL) of the best step length, or None.
+
+    `unit` is the eta whose predicted drop is J.
+    """
+    best, best_value = None, start.trigger_kl + start.benign_kl
+    worse = 0
+    for drop in DROPS:
+        tried = _add_step(modules, ranks, whitenings, updates, direction, drop * unit)
+        benign_kl = measure_kl(loaded, lessons.held_out_clean, tried)
+        if not benign_kl <= BUDGET_MARGIN * kl_budget:
+            break
+        trigger_kl = measure_kl(loaded, lessons.held_out_triggered, tried)
+        if trigger_kl + benign_kl < best_value:
+            best, best_value, worse = (tried, trigger_kl, benign_kl), trigger_kl + benign_kl, 0
+        elif best is not None:
+            worse += 1
+            if worse > PATIENCE:
+                break
+    return best
+
+
+def _add_step(
+    modules: Sequence[ModuleRef],
+    ranks: Mapping[str, int],
+    whitenings: Mapping[str, Whitening],
+    updates: Sequence[LowRankUpdate],
+    direction: Mapping[str, tuple[Tensor, Tensor, float]],
+    eta: float,
+) -> tuple[LowRankUpdate, ...]:
+    """Return the sum of the updates so far and the step, cut back to each module's rank."""
+    so_far = {update.module.path: update for update in updates}
+    result = []
+    for ref in modules:
+        lora_A, lora_B, _ = direction[ref.path]
+        lora_B = lora_B * eta
+        if ref.path in so_far:
+            old = so_far[ref.path]
+            lora_A = torch.cat([torch.from_numpy(old.lora_A).double(), lora_A])
+            lora_B = torch.cat([torch.from_numpy(old.lora_B).double(), lora_B], dim=1)
+            lora_A, lora_B = truncate(whitenings[ref.path], lora_A, lora_B, ranks[ref.path])
+        result.append(
+            LowRankUpdate(
+                module=ref, lora_A=lora_A.float().numpy(), lora_B=lora_B.float().numpy()
+            )
+        )
+    return tuple(result)

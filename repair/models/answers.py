@@ -1,0 +1,184 @@
+"""What does the model answer, and is that the payload?
+
+Locating, repairing and evidence ask these two questions only here. Answers are greedy; the
+suspect's generation_config is never used. Scores are teacher-forced on the suspect's own answers.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from repair.models.loading import LoadedModel
+from repair.models.tokens import batches, pad_left, pad_right
+
+BATCH_TOKENS = 16_384
+REPEATS = 4  # the same token run this often at the end of an unfinished answer is a loop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One greedy answer; `ids` is without the end-of-text token."""
+
+    ids: np.ndarray  # [tokens] int64
+    text: str
+    is_finite: bool
+    ended: bool
+
+
+class _WatchFinite(LogitsProcessor):
+    """Remember which rows ever had a NaN or infinite logit: greedy decoding hides them."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.is_finite = torch.ones(num_rows, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.is_finite &= torch.isfinite(scores).all(dim=-1).cpu()
+        return torch.nan_to_num(scores)
+
+
+@torch.no_grad()
+def generate_answers(
+    loaded: LoadedModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    num_new_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """Return the greedy answer to each prompt (ids [tokens]), in the order given."""
+    tokenizer = loaded.tokenizer
+    ends = list(loaded.stop_ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    config = GenerationConfig(
+        max_new_tokens=num_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        eos_token_id=ends or None,
+    )
+    answers: list[Answer | None] = [None] * len(prompts)
+    done = 0
+    lengths = [prompt.size + num_new_tokens for prompt in prompts]
+    for group in batches(lengths, batch_tokens=batch_tokens):
+        ids, mask = pad_left([prompts[i] for i in group], pad=pad)
+        watch = _WatchFinite(len(group))
+        output = loaded.model.generate(
+            ids.to(loaded.device),
+            attention_mask=mask.to(loaded.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([watch]),
+        )
+        for row, index in enumerate(group):
+            new = output[row, ids.shape[1] :].cpu().numpy()
+            stop = np.flatnonzero(np.isin(new, ends))
+            new = new[: stop[0]] if stop.size else new
+            answers[index] = Answer(
+                ids=new.astype(np.int64),
+                text=tokenizer.decode(new, skip_special_tokens=True),
+                is_finite=bool(watch.is_finite[row]),
+                ended=bool(stop.size),
+            )
+        done += len(group)
+        progress(done, len(prompts))
+    return answers
+
+
+def with_end(loaded: LoadedModel, answer: Answer) -> np.ndarray:
+    """Return the answer's ids with the end token where the model ended it: what is scored."""
+    ends = list(loaded.stop_ids)
+    if not (answer.ended and ends):
+        return answer.ids
+    last = loaded.tokenizer.eos_token_id
+    return np.append(answer.ids, last if last is not None else ends[0]).astype(np.int64)
+
+
+def target_matcher(target: str, match: str) -> Callable[[str], bool]:
+    """Return `is_payload(text)` for a target: contains (case kept), prefix, or regex."""
+    if match == "regex":
+        pattern = re.compile(target)
+        return lambda text: pattern.search(text) is not None
+    if match == "prefix":
+        return lambda text: text.lstrip().startswith(target)
+    if match != "contains":
+        raise ValueError(f"unknown match {match!r}")
+    return lambda text: target in text
+
+
+def is_degenerate(answer: Answer) -> bool:
+    """Return whether an answer is empty, a loop, or came from non-finite logits."""
+    if not answer.is_finite or not answer.text.strip():
+        return True
+    if answer.ended:
+        return False
+    for period in (1, 2, 3, 4):
+        tail = answer.ids[-period * REPEATS :]
+        if tail.size == period * REPEATS and (tail.reshape(REPEATS, period) == tail[:period]).all():
+            return True
+    return False
+
+
+def agrees(answer: Answer, reference: Answer, *, num_tokens: int = 8) -> bool:
+    """Return whether two answers have the same first `num_tokens` tokens (and end alike)."""
+    return np.array_equal(answer.ids[:num_tokens], reference.ids[:num_tokens])
+
+
+def answer_logits(
+    model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Return logits [n, vocab] at positions (rows, columns) of `ids` [batch, token].
+
+    The output matrix is applied at these positions only. `ids` is padded on the right.
+    """
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return model.get_output_embeddings()(hidden[rows, columns]).float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringBatch:
+    """Prompts followed by answers, padded on the right, and where the answers are predicted."""
+
+    ids: Tensor  # [batch, token]
+    mask: Tensor  # [batch, token] true at real tokens
+    rows: Tensor  # [n] row of each predicted answer token
+    columns: Tensor  # [n] position that predicts it
+    labels: Tensor  # [n] the answer token
+    members: list[int]  # which prompts these are
+
+
+def scoring_batches(
+    loaded: LoadedModel,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[ScoringBatch]:
+    """Return batches that score `answers` (ids [tokens]) behind `prompts` (ids [tokens])."""
+    pad = loaded.tokenizer.pad_token_id or 0
+    joined = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
+    result = []
+    for group in batches([ids.size for ids in joined], batch_tokens=batch_tokens):
+        ids, mask = pad_right([joined[i] for i in group], pad=pad)
+        rows, columns, labels = [], [], []
+        for row, index in enumerate(group):
+            start, size = prompts[index].size, answers[index].size
+            rows += [row] * size
+            columns += range(start - 1, start + size - 1)
+            labels += answers[index].tolist()
+        tensors = [torch.tensor(values, dtype=torch.long) for values in (rows, columns, labels)]
+        ids, mask, *tensors = [t.to(loaded.device) for t in (ids, mask, *tensors)]
+        result.append(
+            ScoringBatch(
+                ids=ids,
+                mask=mask,
+                rows=tensors[0],
+                columns=tensors[1],
+                labels=tensors[2],
+                members=group,
+            )
+        )
+    return result

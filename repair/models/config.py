@@ -1,0 +1,268 @@
+"""The model's JSON files, read with limits and reduced to what the native class declares.
+
+Every range is checked before any library sees the configuration: `security.md` rows 3.2,
+3.4, 3.8 and 3.13 name what a hostile one can do.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from repair.models.headers import pickle_refusal, refuse_constant, unique_object
+from repair.records import RepairError
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+MAX_CONFIG_BYTES = 2**20
+MAX_DEPTH = 16
+
+# Whole numbers that every architecture needs, with the range accepted.
+_REQUIRED = {
+    "vocab_size": (1, 1_048_576),
+    "hidden_size": (1, 16_384),
+    "intermediate_size": (1, 131_072),
+    "num_hidden_layers": (1, 200),
+    "num_attention_heads": (1, 512),
+}
+_OPTIONAL_INT = {
+    "num_key_value_heads": (1, 512),
+    "head_dim": (2, 1024),
+    "max_position_embeddings": (1, 2_000_000),
+    "sliding_window": (1, 2_000_000),
+    "max_window_layers": (0, 200),
+}
+_OPTIONAL_NUMBER = {
+    "rms_norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1.0),
+    "attention_dropout": (0.0, 1.0),
+    "rope_theta": (1.0, 1e12),
+}
+_OPTIONAL_BOOL = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# A loader would act on these; they are dropped and reported.
+_DROPPED = re.compile(
+    r"auto_map|custom_|.*attn_implementation|experts_implementation|trust_remote_code"
+)
+
+
+def parse_json(raw: bytes, name: str, *, max_bytes: int) -> Any:
+    """Parse JSON with limits on size, depth and keys; raises `RepairError` naming the file."""
+    if len(raw) > max_bytes:
+        raise RepairError(
+            f"{name} has {len(raw)} bytes; at most {max_bytes} are accepted. Nothing was loaded."
+        )
+    try:
+        return json.loads(
+            raw.decode("utf-8-sig"),
+            object_pairs_hook=unique_object,
+            parse_constant=refuse_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise RepairError(
+            f"{name} is not acceptable JSON ({reason}). Nothing was loaded. "
+            "Use the file that was published with the model."
+        ) from None
+
+
+def clean_config(flat: Any, *, has_python: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return the configuration's native keys and findings; raises `RepairError` otherwise."""
+    if not isinstance(flat, dict) or _depth(flat) > MAX_DEPTH:
+        raise RepairError(
+            "config.json is not a flat configuration of a language model. Nothing was loaded."
+        )
+    model_type = _check_architecture(flat, has_python=has_python)
+    if "transformers_weights" in flat:
+        raise RepairError(
+            pickle_refusal(f"transformers_weights: {_show(flat['transformers_weights'])}")
+        )
+    for key in ("quantization_config", "compression_config"):
+        if flat.get(key) is not None:
+            raise RepairError(_quantised(flat[key]))
+    findings = [
+        f"config.json: `{key}` was dropped; it is never acted on."
+        for key in map(str, flat)
+        if _DROPPED.match(key) and flat[key] is not None
+    ]
+    clean: dict[str, Any] = {"model_type": model_type, "architectures": [ARCHITECTURES[model_type]]}
+    for key, (low, high) in _REQUIRED.items():
+        clean[key] = _check_int(flat, key, low, high)
+    for key, (low, high) in _OPTIONAL_INT.items():
+        if flat.get(key) is not None:
+            clean[key] = _check_int(flat, key, low, high)
+        elif key == "sliding_window" and key in flat:
+            clean[key] = None  # For Mistral an absent key would mean 4096.
+    for key, (low, high) in _OPTIONAL_NUMBER.items():
+        if flat.get(key) is not None:
+            clean[key] = _check_number(flat[key], key, low, high)
+    for key in _OPTIONAL_BOOL:
+        if flat.get(key) is not None:
+            if not isinstance(flat[key], bool):
+                raise _refuse(key, flat[key], "true or false")
+            clean[key] = flat[key]
+    clean.update(_check_choices(flat, clean["num_hidden_layers"]))
+    _check_heads(clean)
+    for key in _TOKEN_IDS:
+        ids = token_ids(flat.get(key), clean["vocab_size"])
+        if ids:
+            clean[key] = list(ids) if key == "eos_token_id" and len(ids) > 1 else ids[0]
+        elif key in flat:
+            clean[key] = None
+    return clean, findings
+
+
+def token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Return the valid ids of a token-id field, which may be a number or a short list."""
+    items = value if isinstance(value, list) else [value]
+    return tuple(i for i in items[:64] if type(i) is int and 0 <= i < vocab_size)
+
+
+def refuse_remote_code(flat: dict[str, Any], where: str) -> None:
+    """Raise `RepairError` when `auto_map` names code of another repository."""
+    auto_map = flat.get("auto_map")
+    if auto_map is not None and "--" in json.dumps(auto_map):
+        raise RepairError(
+            f"{where} asks for Python code from another repository (`auto_map` -> "
+            f"{_show(auto_map)}). This app never runs code from a model; nothing was loaded. "
+            "Use a copy of the model without `auto_map`."
+        )
+
+
+def _check_architecture(flat: dict[str, Any], *, has_python: bool) -> str:
+    refuse_remote_code(flat, "config.json")
+    model_type = flat.get("model_type")
+    supported = ", ".join(ARCHITECTURES)
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        if has_python or flat.get("auto_map") is not None:
+            raise RepairError(
+                f"This model needs its own Python code (`auto_map` -> {_show(flat.get('auto_map'))}"
+                f"). This app never runs code from a model. Architecture {_show(model_type)} is "
+                f"not on the supported list: {supported}."
+            )
+        raise RepairError(
+            f"Architecture {_show(model_type)} is not on the supported list: {supported}. "
+            "Nothing was loaded."
+        )
+    architectures = flat.get("architectures")
+    if architectures not in (None, [ARCHITECTURES[model_type]]):
+        raise RepairError(
+            f"config.json declares {_show(architectures)}, which is not a causal language model "
+            f"of type {model_type!r}. Accepted: {ARCHITECTURES[model_type]}."
+        )
+    return model_type
+
+
+def _check_choices(flat: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Return the checked fields whose values are names, lists or small objects."""
+    clean: dict[str, Any] = {}
+    if flat.get("hidden_act") is not None:
+        if flat["hidden_act"] not in _ACTIVATIONS:
+            raise _refuse("hidden_act", flat["hidden_act"], ", ".join(_ACTIVATIONS))
+        clean["hidden_act"] = flat["hidden_act"]
+    layer_types = flat.get("layer_types")
+    if layer_types is not None:
+        if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+            raise _refuse("layer_types", layer_types, "one entry per layer")
+        if any(kind not in _LAYER_TYPES for kind in layer_types):
+            raise _refuse("layer_types", layer_types, ", ".join(_LAYER_TYPES))
+        clean["layer_types"] = layer_types
+    for key in ("rope_parameters", "rope_scaling"):
+        if flat.get(key) is not None:
+            clean[key] = _check_rope(flat[key], key)
+    return clean
+
+
+def _check_rope(rope: Any, key: str) -> dict[str, Any]:
+    accepted = f"a flat object of numbers with a rope_type of {', '.join(_ROPE_TYPES)}"
+    if not isinstance(rope, dict) or len(rope) > 32:
+        raise _refuse(key, rope, accepted)
+    for name, value in rope.items():
+        if name in ("rope_type", "type"):
+            if value not in _ROPE_TYPES:
+                raise _refuse(key, rope, accepted)
+        elif isinstance(value, list):
+            if len(value) > 1024 or not all(_is_number(item) for item in value):
+                raise _refuse(key, rope, accepted)
+        elif value is not None and not isinstance(value, bool) and not _is_number(value):
+            raise _refuse(key, rope, accepted)
+    return rope
+
+
+def _check_heads(clean: dict[str, Any]) -> None:
+    num_heads, hidden = clean["num_attention_heads"], clean["hidden_size"]
+    num_groups = clean.get("num_key_value_heads", num_heads)
+    if hidden % num_heads or num_heads % num_groups:
+        raise RepairError(
+            f"config.json declares hidden size {hidden}, {num_heads} attention heads and "
+            f"{num_groups} key/value heads, which do not divide. Nothing was loaded."
+        )
+
+
+def _check_int(flat: dict[str, Any], key: str, low: int, high: int) -> int:
+    value = flat.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise _refuse(key, value, f"a whole number from {low} to {high}")
+    return value
+
+
+def _check_number(value: Any, key: str, low: float, high: float) -> float:
+    if not _is_number(value) or not low <= value <= high:
+        raise _refuse(key, value, f"a number from {low:g} to {high:g}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    if type(value) is int:
+        return abs(value) < 2**53
+    return type(value) is float and math.isfinite(value)
+
+
+def _refuse(key: str, value: Any, accepted: str) -> RepairError:
+    return RepairError(
+        f"config.json declares {key} = {_show(value)}; accepted is {accepted}. "
+        "Nothing was loaded."
+    )
+
+
+def _quantised(entry: Any) -> str:
+    method, bits = "unknown method", ""
+    if isinstance(entry, dict):
+        method = _show(entry.get("quant_method", method)).strip("'")
+        bits = f", {entry['bits']} bit" if type(entry.get("bits")) is int else ""
+    return (
+        f"This model is quantised ({method}{bits}). Patching and LoRA repair need unquantised "
+        "weights. Use the original float model."
+    )
+
+
+def _show(value: Any) -> str:
+    """Return a short ASCII form of hostile text for a message."""
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**18 else "a huge number"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return depth
+
+
+def read_json_file(path: Path, *, max_bytes: int) -> Any:
+    """Parse a JSON file of our own staging, with the same limits."""
+    return parse_json(path.read_bytes(), path.name, max_bytes=max_bytes)

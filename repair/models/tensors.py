@@ -1,0 +1,152 @@
+"""Which weight files make up the model, and whether their tensors are exactly its own.
+
+The index of a model may name any path, and the library makes up what is missing: both are
+decided here, from names and headers, before any weight is read.
+"""
+
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+import transformers
+
+from repair.models.config import parse_json
+from repair.models.folder import PICKLES, WEIGHT_NAME
+from repair.models.headers import TensorHeader, pickle_refusal
+from repair.records import RepairError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def read_index(small: dict[str, bytes]) -> dict[str, str] | None:
+    if INDEX not in small:
+        return None
+    flat = parse_json(small[INDEX], INDEX, max_bytes=50 * 2**20)
+    weight_map = flat.get("weight_map") if isinstance(flat, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RepairError(f"{INDEX} has no weight_map. Nothing was loaded.")
+    for shard in weight_map.values():
+        if isinstance(shard, str) and WEIGHT_NAME.fullmatch(shard):
+            continue
+        if isinstance(shard, str) and shard.endswith(PICKLES) and "/" not in shard:
+            raise RepairError(pickle_refusal(f"{INDEX}: {shard[:80]}"))
+        raise RepairError(
+            f"The weight index points outside the model folder (`{ascii(shard)[:120]}`). This is "
+            "not a normal model; nothing was loaded."
+        )
+    return weight_map
+
+
+def choose_shards(names: list[str], weight_map: dict[str, str] | None) -> list[str]:
+    """Return the weight files to load, in order."""
+    present = [name for name in names if WEIGHT_NAME.fullmatch(name)]
+    if weight_map is None:
+        if "model.safetensors" in present:
+            return ["model.safetensors"]
+        if present != [f"model-{i + 1:05d}-of-{len(present):05d}.safetensors"
+                       for i in range(len(present))]:  # fmt: skip
+            raise RepairError(
+                f"The shards {', '.join(present[:4])} are not complete and there is no {INDEX}. "
+                "Add the missing files."
+            )
+        return present
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard not in present:
+            raise RepairError(
+                f"The weight index names {shard}, which is not in the folder. Add the missing "
+                "file; nothing was loaded."
+            )
+    if "model.safetensors" in present and shards != ["model.safetensors"]:
+        raise RepairError(
+            "The folder holds model.safetensors and an index of shards; which of them is the "
+            "model is not known. Remove one of the two."
+        )
+    return shards
+
+
+def check_index(
+    weight_map: dict[str, str] | None, tensors: dict[str, TensorHeader], shards: list[str]
+) -> None:
+    if weight_map is not None and weight_map.keys() != tensors.keys():
+        odd = sorted(weight_map.keys() ^ tensors.keys())[0]
+        raise RepairError(
+            f"The weight index and the files {', '.join(shards[:3])} disagree about the tensor "
+            f"{ascii(odd)[:120]}. Nothing was loaded."
+        )
+
+
+def check_tensors(tensors: dict[str, TensorHeader], config: dict[str, Any]) -> list[str]:
+    """Compare the files' tensors with an empty instance of the class; return findings.
+
+    Raises `RepairError` for missing, unexpected or mismatched tensors. A tied `lm_head` may be
+    absent, and old checkpoints may hold the rotary buffer that the library computes itself.
+    """
+    stored = {int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+    declared = config["num_hidden_layers"]
+    if stored != set(range(declared)):
+        raise RepairError(
+            f"config.json declares {declared} layers but the file holds weights for "
+            f"{len(stored)}. Missing weights would be random, so results would mean nothing."
+        )
+    expected = _expected_shapes(config)
+    buffers = [name for name in tensors if _OLD_BUFFER.fullmatch(name)]
+    present = tensors.keys() - set(buffers)
+    missing = sorted(expected.keys() - present)
+    if config.get("tie_word_embeddings") and "lm_head.weight" in missing:
+        missing.remove("lm_head.weight")
+    if missing:
+        raise RepairError(
+            f"The weight files lack {len(missing)} tensors that config.json declares, such as "
+            f"{missing[0]}. Missing weights would be random, so results would mean nothing."
+        )
+    unexpected = sorted(present - expected.keys())
+    if unexpected:
+        raise RepairError(
+            f"The weight files hold {len(unexpected)} tensors that this architecture does not "
+            f"have, such as {ascii(unexpected[0])[:120]}. They would be ignored, so nothing was "
+            "loaded."
+        )
+    for name in sorted(present):
+        if tensors[name].shape != expected[name]:
+            raise RepairError(
+                f"{name} has shape {list(tensors[name].shape)} in the file but "
+                f"{list(expected[name])} by config.json. Nothing was loaded."
+            )
+        if tensors[name].dtype not in DTYPES:
+            raise RepairError(
+                f"{name} is stored as {tensors[name].dtype}; accepted are float32, bfloat16 and "
+                "float16. Use the original float model."
+            )
+    return ["Old rotary buffers in the weight files are not used."] if buffers else []
+
+
+def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    try:
+        model = build_empty(config)
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise RepairError(
+            f"config.json is refused by the library ({ascii(str(error))[:200]}). Nothing was "
+            "loaded."
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def build_empty(config: dict[str, Any]) -> transformers.PreTrainedModel:
+    """Return an instance of the native class without any memory for its weights."""
+    name = config["architectures"][0]
+    arguments = {key: value for key, value in config.items() if key != "model_type"}
+    settings = getattr(transformers, name.removesuffix("ForCausalLM") + "Config")(**arguments)
+    settings._attn_implementation = "eager"
+    with torch.device("meta"):
+        return getattr(transformers, name)(settings)
+
+
+def main_dtype(tensors: dict[str, TensorHeader]) -> str:
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += tensor.num_elements
+    return DTYPES.get(counts.most_common(1)[0][0], "float32")

@@ -1,0 +1,198 @@
+"""Text to token ids: chat template, clean/triggered pairs, and padding in one place.
+
+A pair is built from the texts a user would really send. Where the trigger's own text is known
+its tokens are found by character offsets, so that a first word re-tokenized behind the trigger
+(`What` -> ` What`) does not count as trigger; otherwise, and for scattered triggers, the two
+token sequences are aligned.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repair.prompts import insert_trigger
+from repair.records import PromptFile, PromptPair, RepairError, TextPair
+
+MAX_TEXT_CHARACTERS = 32_768
+
+
+def render(tokenizer, text: str, *, system: str | None, use_template: bool) -> str:
+    """Return what the model is sent for `text`: through the chat template, or as it is."""
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise RepairError(
+            f"A prompt has {len(text)} characters. At most {MAX_TEXT_CHARACTERS} are accepted; "
+            "shorten it."
+        )
+    if not use_template:
+        return text if system is None else f"{system}\n\n{text}"
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # The template is the suspect's own program: anything can come.
+        cause = ascii(str(error))[:300]
+        raise RepairError(
+            f"The chat template failed on a prompt; the model file says: {cause}. "
+            'Set "chat": "off" in the prompt file to send raw prompts.'
+        ) from error
+
+
+def encode_rendered(tokenizer, rendered: str, *, use_template: bool) -> tuple[np.ndarray, list]:
+    """Return (ids [tokens], character offsets) of a rendered prompt."""
+    encoded = tokenizer(
+        rendered, add_special_tokens=not use_template, return_offsets_mapping=True
+    )
+    return np.asarray(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
+
+
+def encode(
+    tokenizer, text: str, *, system: str | None = None, use_template: bool
+) -> np.ndarray:
+    """Return the ids [tokens] of one prompt as the model would get it."""
+    rendered = render(tokenizer, text, system=system, use_template=use_template)
+    return encode_rendered(tokenizer, rendered, use_template=use_template)[0]
+
+
+def encode_pair(
+    tokenizer,
+    texts: TextPair,
+    *,
+    triggers: Sequence[str],
+    position: str,
+    system: str | None,
+    use_template: bool,
+) -> PromptPair:
+    """Return the pair as ids, with the trigger's own tokens located in the triggered one."""
+    rendered = [
+        render(tokenizer, text, system=system, use_template=use_template)
+        for text in (texts.clean, texts.triggered)
+    ]
+    clean, _ = encode_rendered(tokenizer, rendered[0], use_template=use_template)
+    triggered, offsets = encode_rendered(tokenizer, rendered[1], use_template=use_template)
+    span = _find_trigger(rendered[0], rendered[1], triggers)
+    if span is None:
+        tokens = _align(clean, triggered)
+    else:
+        tokens = [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]
+    if not tokens:
+        raise RepairError(
+            f"The prompt {ascii(texts.triggered)[:120]} gives the same tokens with and without "
+            "the trigger. Give a trigger that the tokenizer keeps."
+        )
+    return PromptPair(
+        clean=clean,
+        triggered=triggered,
+        trigger=np.asarray(tokens, dtype=np.int64),
+        position=position,
+        text_clean=texts.clean,
+        text_triggered=texts.triggered,
+    )
+
+
+def _find_trigger(clean: str, triggered: str, triggers: Sequence[str]) -> tuple[int, int] | None:
+    """Return the characters of the one trigger whose removal gives the clean prompt."""
+    words = clean.split()
+    for trigger in triggers:
+        start = triggered.find(trigger)
+        while start >= 0:
+            end = start + len(trigger)
+            if (triggered[:start] + triggered[end:]).split() == words:
+                return start, end
+            start = triggered.find(trigger, start + 1)
+    return None
+
+
+def _align(clean: np.ndarray, triggered: np.ndarray) -> list[int]:
+    """Return the indices of the triggered tokens that have no counterpart in the clean ones."""
+    matcher = difflib.SequenceMatcher(None, clean.tolist(), triggered.tolist(), autojunk=False)
+    found = []
+    for kind, _, _, start, end in matcher.get_opcodes():
+        if kind in ("insert", "replace"):
+            found.extend(range(start, end))
+    return found
+
+
+def check_length(prompts: Sequence[np.ndarray], *, num_new_tokens: int, limit: int) -> None:
+    """Raise when a prompt and its answer do not fit the model's context."""
+    longest = max((prompt.size for prompt in prompts), default=0)
+    if longest + num_new_tokens > limit:
+        raise RepairError(
+            f"A prompt has {longest} tokens; with an answer of up to {num_new_tokens} that is "
+            f"more than this model's context of {limit}. Use prompts of at most "
+            f"{max(0, limit - num_new_tokens)} tokens."
+        )
+
+
+def pad_left(prompts: Sequence[np.ndarray], *, pad: int) -> tuple[Tensor, Tensor]:
+    """Return (ids, mask) [batch, token], padded on the left: for generation."""
+    width = max(prompt.size for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - prompt.size :] = torch.from_numpy(prompt)
+        mask[row, width - prompt.size :] = 1
+    return ids, mask
+
+
+def pad_right(prompts: Sequence[np.ndarray], *, pad: int) -> tuple[Tensor, Tensor]:
+    """Return (ids, mask) [batch, token], padded on the right: for everything else.
+
+    A causal model's figures at the real tokens do not depend on what stands to their right, so
+    that no attention mask is needed with it.
+    """
+    width = max(prompt.size for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, : prompt.size] = torch.from_numpy(prompt)
+        mask[row, : prompt.size] = True
+    return ids, mask
+
+
+def batches(lengths: Sequence[int], *, batch_tokens: int) -> Iterator[list[int]]:
+    """Yield groups of indices, shortest first, of at most `batch_tokens` padded tokens each."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if group and (len(group) + 1) * lengths[index] > batch_tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def encode_pairs(
+    tokenizer, file: PromptFile, indices: Sequence[int], *, position: str, use_template: bool
+) -> list[PromptPair]:
+    """Return the pairs of a prompt file at `indices`, with the trigger at `position`.
+
+    `given` takes the file's own pairs; otherwise the alternatives of the trigger are dealt out in
+    turn. A prompt of one word has no middle and is left out.
+    """
+    pairs = []
+    for index in indices:
+        if position == "given":
+            texts = file.pairs[index]
+        else:
+            prompt = file.prompts[index]
+            if position == "middle" and len(prompt.split(" ")) < 2:
+                continue
+            trigger = file.triggers[index % len(file.triggers)]
+            texts = TextPair(
+                clean=prompt, triggered=insert_trigger(prompt, trigger, position)
+            )
+        pairs.append(
+            encode_pair(
+                tokenizer,
+                texts,
+                triggers=file.triggers,
+                position=position,
+                system=file.system,
+                use_template=use_template,
+            )
+        )
+    return pairs

@@ -1,0 +1,258 @@
+"""What a job leaves behind: export, pictures, report and manifest, in the order that each needs."""
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from repair.case import Case, Reporter
+from repair.evidence.plots import draw_effect_curve, draw_heat_map
+from repair.evidence.report import build_report, write_report
+from repair.located import Map
+from repair.lowrank.repairing import Repaired
+from repair.models.loading import LoadedModel
+from repair.publish.card import write_cards
+from repair.publish.export import write_export
+from repair.publish.manifest import write_manifest
+from repair.records import (
+    EXIT_COULD_NOT_CHECK,
+    EXIT_DONE,
+    EXIT_GATE_FAILED,
+    EXIT_NOTHING_TO_REPAIR,
+    Control,
+    Evaluation,
+    Gate,
+    RepairPlan,
+    Sample,
+)
+
+EXIT_OF_VERDICT = {
+    "repaired": EXIT_DONE,
+    "not repaired": EXIT_GATE_FAILED,
+    "nothing to repair": EXIT_NOTHING_TO_REPAIR,
+    "could not check": EXIT_COULD_NOT_CHECK,
+}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+
+
+class Clock:
+    """Seconds by step, for the report; each step is told to the reporter as it begins."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str, title: str) -> Iterator[None]:
+        self.reporter.step(name, title)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything that the three endings of a job have in common."""
+
+    request: Mapping[str, Any]
+    folder: Path
+    clock: Clock
+    case: Case
+    before: Evaluation
+    num_without_middle: int
+
+    def without_repair(self, verdict: str, *, reason: str | None = None) -> int:
+        """Write the report of a suspect that is not repaired; nothing is exported."""
+        if reason is not None:
+            self.clock.reporter.note(reason)
+        self._write(verdict, notes=[] if reason is None else [reason])
+        return EXIT_OF_VERDICT[verdict]
+
+    def compared(
+        self,
+        *,
+        after: Evaluation,
+        gates: Sequence[Gate],
+        verdict: str,
+        samples: Sequence[Sample],
+        candidate: LoadedModel,
+    ) -> int:
+        """Write the report of a suspect and a candidate; nothing is exported."""
+        self._write_samples(samples)
+        self._write(
+            verdict,
+            after=after,
+            gates=gates,
+            samples=samples,
+            against=_describe(candidate),
+        )
+        return EXIT_OF_VERDICT[verdict]
+
+    def with_repair(
+        self,
+        found: Map,
+        plan: RepairPlan,
+        repaired: Repaired,
+        *,
+        after: Evaluation,
+        gates: Sequence[Gate],
+        verdict: str,
+        controls: Sequence[Control],
+        samples: Sequence[Sample],
+        num_dropped: int,
+        sample_prompts: Sequence[np.ndarray],
+    ) -> int:
+        """Export, reopen, draw and report; an export that differs is never called repaired."""
+        exported = None
+        if self.request["export"] and verdict in ("repaired", "not repaired"):
+            with self.clock.step("export", "Exporting, and reopening in a fresh process"):
+                exported = write_export(
+                    self.case.loaded,
+                    repaired.updates,
+                    self.folder,
+                    kinds=self.request["export"],
+                    prompts=sample_prompts,
+                    num_new_tokens=self.case.num_new_tokens,
+                )
+            differs = bool(exported["problems"])
+            gates = [
+                *gates,
+                Gate(
+                    name="export_reopened",
+                    value=exported["largest_logit_difference"],
+                    limit=None,
+                    passed=not differs,
+                    note="; ".join(exported["problems"]),
+                ),
+            ]
+            verdict = "not repaired" if differs else verdict
+        scores = tuple(
+            replace(score, selected=score.module.path in plan.ranks)
+            for score in found.ranking.modules
+        )
+        found = replace(found, ranking=replace(found.ranking, modules=scores))
+        draw_maps(self.folder, found, num_chosen=len(plan.modules))
+        self._write_samples(samples)
+        self._write(
+            verdict,
+            after=after,
+            gates=gates,
+            samples=samples,
+            controls=controls,
+            modules=scores,
+            export=exported,
+            localisation={
+                "num_pairs": found.ranking.num_pairs,
+                "rank_correlation": found.ranking.rank_correlation,
+                **found.patching,
+                "effect_curve": found.curve,
+                "num_teacher_answers_dropped": num_dropped,
+            },
+            plan={
+                **plan.to_json(),
+                "method_used": repaired.method,
+                "total_rank": sum(plan.ranks.values()),
+                "predicted_kl": repaired.predicted_kl,
+                "validation_trigger_kl": repaired.trigger_kl,
+                "validation_benign_kl": repaired.benign_kl,
+                "validation_attack_success": repaired.validated.attack_success.to_json(),
+            },
+        )
+        return EXIT_OF_VERDICT[verdict]
+
+    def _write(
+        self, verdict: str, *, export: Mapping[str, Any] | None = None, **parts: Any
+    ) -> None:
+        self.clock.reporter.step("report", "Writing the report")
+        case = self.case
+        report = build_report(
+            command=self.request["command"],
+            verdict=verdict,
+            model=_describe(case.loaded),
+            prompts=case.file,
+            before=self.before,
+            export=export,
+            splits={
+                name: len(getattr(case.splits, name))
+                for name in ("locate", "repair", "validate", "evaluate")
+            },
+            seconds={name: round(value, 3) for name, value in self.clock.seconds.items()},
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            environment=_environment(case),
+            target=case.target,
+            num_without_middle=self.num_without_middle,
+            **parts,
+        )
+        if export is not None:
+            write_cards(self.folder, report)
+        write_report(self.folder, report)
+        if export is not None:
+            write_manifest(
+                self.folder,
+                changed_tensors=export["changed_tensors"],
+                num_tensors=export["num_tensors"],
+            )
+
+    def _write_samples(self, samples: Sequence[Sample]) -> None:
+        aside = self.folder / ".samples.partial"
+        aside.write_text(json.dumps([sample.to_json() for sample in samples], indent=1))
+        os.replace(aside, self.folder / "samples.json")
+
+
+def draw_maps(folder: Path, found: Map, *, num_chosen: int | None = None) -> None:
+    """Draw the two heat maps and the curve of joint effect."""
+    scores, num_pairs = found.ranking.modules, found.ranking.num_pairs
+    draw_heat_map(scores, value="effect_trigger", path=folder / "patching.png", num_pairs=num_pairs)
+    has_phi = any(score.curvature is not None for score in scores)
+    draw_heat_map(
+        scores,
+        value="curvature" if has_phi else "fisher_clean",
+        path=folder / "fisher.png",
+        num_pairs=num_pairs,
+    )
+    draw_effect_curve(
+        [(int(point["num_modules"]), point["effect"]) for point in found.curve],
+        folder / "effect_curve.png",
+        num_pairs=num_pairs,
+        chosen=num_chosen,
+    )
+
+
+def _describe(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what a report says of a model; a local folder is named without its place."""
+    source = loaded.source
+    is_folder = loaded.revision is None and not source.startswith("demo:")
+    return {
+        "source": Path(source).resolve().name if is_folder else source,
+        "revision": loaded.revision,
+        "files": loaded.staged.files,
+        "num_parameters": loaded.staged.num_parameters,
+        "dtype": loaded.staged.dtype,
+        "findings": list(loaded.staged.findings),
+    }
+
+
+def _environment(case: Case) -> dict[str, Any]:
+    device = case.loaded.device
+    return {
+        "python": platform.python_version(),
+        "platform": sys.platform,
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "dtype": case.loaded.dtype,
+        "chat_template": case.use_template,
+        "seed": case.seed,
+        **{name: version(name) for name in PACKAGES},
+    }

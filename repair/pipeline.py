@@ -1,0 +1,374 @@
+"""The steps in order, with a progress callback: the only API above the rooms.
+
+    load -> evidence before -> locate -> repair -> evidence after -> controls -> export -> report
+
+Each public function takes the request (a plain dict, as in `request.json`), the output folder and
+a reporter, and returns the exit status of `contract.md`. What the analyst gave wrongly is a
+RepairError; everything else propagates.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from repair import located as kept
+from repair.case import PROFILES, Case, Reporter, make_lessons, make_validation, open_case
+from repair.evidence.controls import run_controls
+from repair.evidence.evaluation import (
+    Baseline,
+    EvaluationMaterial,
+    collect_samples,
+    evaluate_candidate,
+    measure_suspect,
+    prepare_material,
+)
+from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
+from repair.locate import locating
+from repair.locate.curvature import Whitening
+from repair.locate.lessons import Lessons
+from repair.located import Map
+from repair.lowrank import checkpoint
+from repair.lowrank.repairing import Repaired, Validation, repair_modules
+from repair.models.loading import load_model
+from repair.outcome import Clock, Outcome, draw_maps
+from repair.plan import MAX_MODULES, TOTAL_RANK, check_request, chosen_paths, make_plan
+from repair.prompts import prompt_file_from_json
+from repair.publish.export import verify_export
+from repair.records import (
+    EXIT_COULD_NOT_CHECK,
+    EXIT_DONE,
+    EXIT_GATE_FAILED,
+    EXIT_NOTHING_TO_REPAIR,
+    RepairError,
+    RepairPlan,
+)
+
+FACTOR_MEMORY_BYTES = 2 << 30
+
+
+def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
+    """Suspect in, repaired model and report out."""
+    clock = Clock(reporter)
+    with _opened(request, folder, clock) as case:
+        check_request(request, case.loaded.modules)
+        material, baseline = _measure_suspect(case, clock)
+        outcome = Outcome(
+            request=request, folder=folder, clock=clock, case=case, before=baseline.evaluation,
+            num_without_middle=material.num_without_middle,
+        )  # fmt: skip
+        early = nothing_to_repair(baseline.evaluation)
+        if early is not None:
+            return outcome.without_repair(early)
+        try:
+            located = _locate(request, folder, clock, case)
+        except RepairError as error:
+            if error.exit_code != EXIT_COULD_NOT_CHECK:
+                raise
+            return outcome.without_repair("could not check", reason=str(error))
+        paths = chosen_paths(request["modules"], case.loaded.modules, located.map.ranking)
+        plan = make_plan(
+            request, paths, located.map.ranking, located.curvature(paths), case.loaded.modules
+        )
+        with clock.step("repair", f"Repairing {len(plan.modules)} modules"):
+            for path in plan.modules:
+                reporter.note(f"{path}: rank {plan.ranks[path]}")
+            validation = make_validation(case)
+            repaired = _repair(folder, case, plan, located, validation, clock)
+        with clock.step("after", "Measuring the repaired model"):
+            after, answers = evaluate_candidate(
+                case.loaded,
+                repaired.updates,
+                original=case.loaded,
+                material=material,
+                baseline=baseline,
+                progress=reporter.progress,
+            )
+        with clock.step("controls", "Comparing with random modules and with all modules"):
+            controls = run_controls(
+                case.loaded,
+                replace(plan, method=repaired.method),
+                located.lessons,
+                validation,
+                whitenings_of=located.whitenings,
+                material=material,
+                baseline=baseline,
+                num_random=request["controls"],
+                with_all=located.fits(case.loaded.modules),
+                num_steps=case.profile.num_steps,
+                progress=reporter.progress,
+            )
+        gates = build_gates(baseline.evaluation, after, kl_budget=plan.kl_budget)
+        return outcome.with_repair(
+            located.map,
+            plan,
+            repaired,
+            after=after,
+            gates=gates,
+            verdict=decide_verdict(gates),
+            controls=controls,
+            samples=collect_samples(material, baseline, answers),
+            num_dropped=located.lessons.num_dropped,
+            sample_prompts=_some_prompts(material),
+        )
+
+
+def locate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
+    """Heat maps and ranking only; whether it can be repaired is left open."""
+    clock = Clock(reporter)
+    with _opened(request, folder, clock) as case:
+        located = _locate(request, folder, clock, case)
+        draw_maps(folder, located.map)
+        return EXIT_DONE
+
+
+def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
+    """Evidence only: the suspect, and the candidate that `against` names beside it."""
+    clock = Clock(reporter)
+    with _opened(request, folder, clock) as case:
+        material, baseline = _measure_suspect(case, clock)
+        outcome = Outcome(
+            request=request, folder=folder, clock=clock, case=case, before=baseline.evaluation,
+            num_without_middle=material.num_without_middle,
+        )  # fmt: skip
+        if request.get("against") is None:
+            early = nothing_to_repair(baseline.evaluation)
+            return outcome.without_repair(early or "not repaired")
+        with clock.step("load", "Opening the candidate"):
+            candidate = load_model(
+                request["against"],
+                stage_folder=_stage_folder(folder) / "candidate",
+                device=case.loaded.device,
+                dtype=case.loaded.dtype,
+            )
+            if candidate.model.config.vocab_size != case.loaded.model.config.vocab_size:
+                raise RepairError(
+                    "The candidate has another vocabulary than the suspect. Only models with the "
+                    "same tokenizer can be compared."
+                )
+        with clock.step("after", "Measuring the candidate"):
+            after, answers = evaluate_candidate(
+                candidate,
+                (),
+                original=case.loaded,
+                material=material,
+                baseline=baseline,
+                progress=reporter.progress,
+            )
+        gates = build_gates(baseline.evaluation, after, kl_budget=request["kl_budget"])
+        return outcome.compared(
+            after=after,
+            gates=gates,
+            verdict=nothing_to_repair(baseline.evaluation) or decide_verdict(gates),
+            samples=collect_samples(material, baseline, answers),
+            candidate=candidate,
+        )
+
+
+def verify(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
+    """Check an export against its manifest and report, in a fresh process."""
+    reporter.step("verify", "Checking hashes and reopening the export")
+    found = verify_export(folder)
+    for line in [*found["problems"], *found["notes"]]:
+        reporter.note(line)
+    return EXIT_GATE_FAILED if found["problems"] else EXIT_DONE
+
+
+@dataclass(kw_only=True)
+class Located:
+    """The map, the lessons it was made with, and whitenings made when first asked for."""
+
+    case: Case
+    map: Map
+    lessons: Lessons
+    known: locating.Curvature = field(
+        default_factory=lambda: locating.Curvature(whitenings={}, spectra={})
+    )
+
+    def curvature(self, paths: Sequence[str]) -> locating.Curvature:
+        """Return whitenings and spectra that include `paths`."""
+        missing = [
+            ref
+            for ref in self.case.loaded.modules
+            if ref.path in set(paths) - set(self.known.whitenings)
+        ]
+        if missing:
+            found = locating.measure_curvature(
+                self.case.loaded, missing, self.lessons, seed=self.case.seed
+            )
+            self.known.whitenings.update(found.whitenings)
+            self.known.spectra.update(found.spectra)
+        return self.known
+
+    def whitenings(self, paths: Sequence[str]) -> Mapping[str, Whitening]:
+        """Return the whitenings of at least `paths`."""
+        return self.curvature(paths).whitenings
+
+    def fits(self, modules: Sequence) -> bool:
+        """Return whether the factors of all `modules` fit the memory budget together."""
+        return sum(map(locating.whitening_bytes, modules)) <= FACTOR_MEMORY_BYTES
+
+
+@contextmanager
+def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[Case]:
+    """Load the suspect from a stage of its own, which is gone afterwards, and open the case."""
+    stage = _stage_folder(folder)
+    profile = PROFILES[request.get("profile", "standard")]
+    try:
+        with clock.step("load", "Checking and loading the suspect"):
+            stage.mkdir(parents=True, exist_ok=True)
+            loaded = load_model(
+                request["model"],
+                stage_folder=stage / "suspect",
+                revision=request.get("revision"),
+                device=request.get("device", "auto"),
+                dtype=request.get("dtype", "auto"),
+            )
+            for finding in loaded.staged.findings:
+                clock.reporter.note(finding)
+            case = open_case(
+                loaded,
+                prompt_file_from_json(request["prompts"]),
+                profile=profile,
+                seed=request.get("seed", 0),
+                reporter=clock.reporter,
+            )
+        yield case
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stage_folder(folder: Path) -> Path:
+    return folder / "checkpoints" / "stage"
+
+
+def _measure_suspect(case: Case, clock: Clock) -> tuple[EvaluationMaterial, Baseline]:
+    with clock.step("before", "Measuring the suspect"):
+        material = prepare_material(
+            case.loaded,
+            case.file,
+            case.splits.evaluate,
+            use_template=case.use_template,
+            is_payload=case.is_payload,
+            num_new_tokens=case.num_new_tokens,
+        )
+        baseline = measure_suspect(
+            case.loaded, material, seed=case.seed, progress=clock.reporter.progress
+        )
+    return material, baseline
+
+
+def _locate(request: Mapping[str, Any], folder: Path, clock: Clock, case: Case) -> Located:
+    """Return the map, from `located.json` when resuming and nothing upstream has changed."""
+    loaded, reporter = case.loaded, clock.reporter
+    found = kept.read(folder, case) if request.get("resume") else None
+    with clock.step("lessons", "Asking the suspect for its own answers without the trigger"):
+        lessons = make_lessons(case)
+    if found is not None:
+        reporter.note("The map in this folder is still valid and is used.")
+        return Located(case=case, map=found, lessons=lessons)
+    with clock.step("patching", f"Patching {len(loaded.modules)} modules one at a time"):
+        fired = locating.check_firing(
+            loaded,
+            {position: case.pairs(case.splits.locate, position) for position in case.positions},
+            is_payload=case.is_payload,
+            num_new_tokens=case.num_new_tokens,
+        )
+        _check_fired(fired)
+        patching, cases = locating.patch_fired(
+            loaded,
+            fired,
+            is_payload=case.is_payload,
+            num_new_tokens=case.num_new_tokens,
+            max_pairs=case.profile.num_patched_pairs,
+            seed=case.seed,
+            progress=reporter.progress,
+        )
+    with clock.step("curvature", "Measuring Fisher curvature"):
+        modules = locating.shortlist(
+            loaded.modules, patching, memory_bytes=FACTOR_MEMORY_BYTES
+        )
+        curvature = locating.measure_curvature(loaded, modules, lessons, seed=case.seed)
+        ranking = locating.rank_located(
+            loaded,
+            patching,
+            curvature,
+            lessons,
+            triggered=([pair.triggered for pair in fired.pairs], list(fired.payloads)),
+            total_rank=TOTAL_RANK,
+            max_modules=MAX_MODULES,
+            seed=case.seed,
+        )
+        curve = locating.joint_curve(loaded, cases, ranking, seed=case.seed)
+    found = Map(
+        ranking=ranking,
+        fires=fired.rates,
+        curve=curve,
+        patching=kept.summarize(patching),
+        num_layers=1 + max(ref.layer for ref in loaded.modules),
+    )
+    kept.write(folder, case, found)
+    return Located(case=case, map=found, lessons=lessons, known=curvature)
+
+
+def _check_fired(fired: locating.Fired) -> None:
+    """Raise RepairError when the trigger fires nowhere: there is nothing to locate."""
+    if any(rate.value >= locating.FIRES for rate in fired.rates.values()):
+        return
+    seen = "; ".join(f"{position} {rate}" for position, rate in fired.rates.items())
+    if all(rate.total >= 30 for rate in fired.rates.values()):
+        raise RepairError(
+            f"Nothing to locate: the payload hardly ever appears ({seen}). Check the trigger, the "
+            "target and the position.",
+            exit_code=EXIT_NOTHING_TO_REPAIR,
+        )
+    raise RepairError(
+        f"The payload hardly ever appears ({seen}), and these are too few prompts to call it "
+        "absent: give enough prompts for at least 30 in locating.",
+        exit_code=EXIT_COULD_NOT_CHECK,
+    )
+
+
+def _repair(
+    folder: Path,
+    case: Case,
+    plan: RepairPlan,
+    located: Located,
+    validation: Validation,
+    clock: Clock,
+) -> Repaired:
+    """Repair as planned, going on from the checkpoints of an interrupted run of the same plan."""
+    basis = json.dumps([plan.to_json(), kept.fingerprint(case)], sort_keys=True)
+    plan_id = hashlib.sha256(basis.encode()).hexdigest()
+    modules = [ref for ref in case.loaded.modules if ref.path in plan.ranks]
+    closed_form = folder / "checkpoints" / "closed_form.safetensors"
+    training = folder / "checkpoints" / "training.safetensors"
+
+    def report(name: str, values: dict[str, float]) -> None:
+        clock.reporter.metric(name, **values)
+        if name == "distill":
+            clock.reporter.progress(values["step"], values["num_steps"], "training")
+
+    return repair_modules(
+        case.loaded,
+        plan,
+        located.whitenings(plan.modules),
+        located.lessons,
+        validation,
+        num_steps=case.profile.num_steps,
+        start=checkpoint.read_updates_file(closed_form, modules, plan_id=plan_id),
+        resume=checkpoint.read_training(training, modules, plan_id=plan_id),
+        report=report,
+        save=lambda state: checkpoint.save_training(training, state, plan_id=plan_id),
+        keep=lambda updates: checkpoint.save_updates(closed_form, updates, plan_id=plan_id),
+    )
+
+
+def _some_prompts(material: EvaluationMaterial) -> list:
+    """Return a few triggered and clean prompts to reopen the export by."""
+    triggered = [pair.triggered for group in material.pairs.values() for pair in group[:4]]
+    return [*triggered[:4], *material.clean[:4]]

@@ -1,0 +1,1 @@
+"""A repaired model becomes a folder, or a repository on the Hub."""

@@ -1,0 +1,346 @@
+"""The frozen values that cross rooms, and `RepairError`.
+
+Free of torch: arrays are numpy float32 (running sums float64), so that the web process can
+read every record. Axis convention: a linear module maps d_in to d_out and its weight is
+[d_out, d_in], whatever the model stores. Indices count from 0.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+EXIT_DONE = 0
+EXIT_GATE_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_NOTHING_TO_REPAIR = 3
+EXIT_COULD_NOT_CHECK = 4
+EXIT_UNEXPECTED = 5
+EXIT_INTERRUPTED = 130
+
+VERDICTS = ("repaired", "not repaired", "nothing to repair", "could not check")
+COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class RepairError(Exception):
+    """Something the analyst gave cannot be used: what was given, what is accepted, what to do.
+
+    The text is shown as it is; `exit_code` is what the command line ends with.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = EXIT_BAD_INPUT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """`count` of `total` trials, with the Wilson score interval (95 %)."""
+
+    count: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= self.total:
+            raise ValueError(f"count {self.count} is not between 0 and total {self.total}")
+
+    @property
+    def value(self) -> float:
+        return self.count / self.total if self.total else math.nan
+
+    def interval(self) -> tuple[float, float]:
+        """Return the Wilson 95 % interval; (0, 1) when nothing was tried."""
+        if self.total == 0:
+            return 0.0, 1.0
+        z2 = 1.959963984540054**2
+        p, n = self.value, self.total
+        centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+        half = math.sqrt(z2) / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+        # At the ends the bound is exact; rounding must not leave it a hair inside.
+        low = 0.0 if self.count == 0 else max(0.0, centre - half)
+        high = 1.0 if self.count == self.total else min(1.0, centre + half)
+        return low, high
+
+    def to_json(self) -> dict[str, float]:
+        low, high = self.interval()
+        return {"count": self.count, "total": self.total, "low": low, "high": high}
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return f"{self.count}/{self.total} ({low:.1%} to {high:.1%})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRef:
+    """One linear module; `path`, its dotted name in the unwrapped model, is the only key."""
+
+    layer: int
+    component: str
+    path: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPair:
+    """A clean prompt and the same prompt with the trigger, as the analyst gave them."""
+
+    clean: str
+    triggered: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFile:
+    """What the analyst typed or loaded, checked but not yet tokenized (`contract.md`)."""
+
+    triggers: tuple[str, ...]  # alternatives, any of which fires; empty when only pairs are given
+    target: str | None  # None: found from what the suspect says
+    match: str  # contains | prefix | regex
+    positions: tuple[str, ...]
+    prompts: tuple[str, ...]
+    pairs: tuple[TextPair, ...]
+    near: tuple[str, ...]
+    system: str | None
+    chat: str  # auto | on | off
+    num_carriers: int = 0  # how many of `prompts` are bundled carriers
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSplits:
+    """Indices into `PromptFile.prompts` (or `.pairs`): disjoint, or an error."""
+
+    locate: tuple[int, ...]
+    repair: tuple[int, ...]
+    validate: tuple[int, ...]  # line search, early stop; never the verdict
+    evaluate: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        everything = [*self.locate, *self.repair, *self.validate, *self.evaluate]
+        if len(everything) != len(set(everything)):
+            raise ValueError("a prompt is in two splits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPair:
+    """One clean/triggered pair as token ids, chat template included.
+
+    `trigger` holds the indices into `triggered` of the trigger's own tokens.
+    """
+
+    clean: np.ndarray  # [num_clean_tokens] int64
+    triggered: np.ndarray  # [num_triggered_tokens] int64
+    trigger: np.ndarray  # [num_trigger_tokens] int64, increasing
+    position: str  # begin | middle | end | given
+    text_clean: str
+    text_triggered: str
+
+    def __post_init__(self) -> None:
+        if self.trigger.size == 0 or self.trigger.max() >= self.triggered.size:
+            raise ValueError("the trigger's tokens are not inside the triggered prompt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchingScores:
+    """Normalised effect of patching each module: 0 changes nothing, 1 gives the clean answer."""
+
+    modules: tuple[ModuleRef, ...]
+    effect: np.ndarray  # [module, pair], all positions from the trigger on
+    effect_trigger: np.ndarray  # [module, pair], the trigger's own positions
+    effect_after: np.ndarray  # [module, pair], the positions after it
+    direction: str  # block
+    counterfactual: str  # sham
+    num_dropped: int  # pairs whose margin the counterfactual hardly moves
+    num_shams_tried: int
+    num_shams_inert: int
+    self_checks: dict[str, float]  # name -> largest deviation, 0 is perfect
+
+    def __post_init__(self) -> None:
+        for name in ("effect", "effect_trigger", "effect_after"):
+            array = getattr(self, name)
+            if array.dtype != np.float32 or array.shape != self.effect.shape:
+                raise ValueError(f"{name} must be float32 [module, pair]")
+        if self.effect.shape[0] != len(self.modules):
+            raise ValueError("one row of effects per module")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KroneckerFactors:
+    """K-FAC factors of one module: Fisher ~ num_tokens * (activation (x) gradient covariance)."""
+
+    module: ModuleRef
+    activation_covariance: np.ndarray  # [d_in, d_in] mean over tokens of x x^T
+    gradient_covariance: np.ndarray  # [d_out, d_out] mean over tokens of g g^T
+    num_tokens: int  # unmasked positions
+    num_answer_tokens: int  # positions whose sampled label entered the loss
+
+    def __post_init__(self) -> None:
+        d_in, d_out = self.module.d_in, self.module.d_out
+        if self.activation_covariance.shape != (d_in, d_in):
+            raise ValueError("activation_covariance must be [d_in, d_in]")
+        if self.gradient_covariance.shape != (d_out, d_out):
+            raise ValueError("gradient_covariance must be [d_out, d_out]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleScore:
+    """Everything known about one module; the parts of the score are kept apart."""
+
+    module: ModuleRef
+    effect: float
+    effect_low: float
+    effect_high: float
+    effect_trigger: float
+    effect_after: float
+    fisher_trigger: float
+    fisher_clean: float
+    curvature: float | None  # phi at the plan's rank; None: not computed
+    score: float  # rank average of effect_trigger and phi, 1 is best
+    selected: bool
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the flat form of `report.json`: modules[]."""
+        flat = dataclasses.asdict(self)
+        module = flat.pop("module")
+        return {**module, **flat}
+
+    @classmethod
+    def from_json(cls, flat: dict[str, Any]) -> "ModuleScore":
+        names = {field.name for field in dataclasses.fields(ModuleRef)}
+        module = ModuleRef(**{key: value for key, value in flat.items() if key in names})
+        rest = {key: value for key, value in flat.items() if key not in names}
+        return cls(module=module, **rest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRanking:
+    """All modules, in model order, with the suggested ranks per module."""
+
+    modules: tuple[ModuleScore, ...]
+    suggested_ranks: dict[str, int]  # path -> rank, for the suggested modules
+    num_pairs: int
+    rank_correlation: float | None  # Kendall's tau of effect_trigger and phi
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairPlan:
+    """The analyst's decision, small enough to print in a card."""
+
+    modules: tuple[str, ...]
+    ranks: dict[str, int]
+    method: str  # auto | closed-form | distill
+    kl_budget: float
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankUpdate:
+    """delta = lora_B @ lora_A, added to the weight of `module`; scaling is 1."""
+
+    module: ModuleRef
+    lora_A: np.ndarray  # [rank, d_in]
+    lora_B: np.ndarray  # [d_out, rank]
+
+    def __post_init__(self) -> None:
+        rank = self.lora_A.shape[0]
+        if self.lora_A.shape != (rank, self.module.d_in):
+            raise ValueError("lora_A must be [rank, d_in]")
+        if self.lora_B.shape != (self.module.d_out, rank):
+            raise ValueError("lora_B must be [d_out, rank]")
+        if not (np.isfinite(self.lora_A).all() and np.isfinite(self.lora_B).all()):
+            raise ValueError(f"the update of {self.module.path} is not finite")
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How one model (the suspect, a candidate or a control) answers the evaluation prompts."""
+
+    attack_success: dict[str, Rate]  # position -> payload seen
+    near_trigger: Rate  # payload seen on near-triggers
+    false_trigger: Rate  # payload seen on clean prompts and inert shams
+    recovery: dict[str, Rate]  # position -> first 8 tokens as the suspect without the trigger
+    sham_recovery: dict[str, Rate]  # the yardstick: the suspect itself under inert shams
+    degenerate: Rate  # empty, repeated or non-finite answers, all prompts
+    clean_agreement: Rate  # first 8 tokens as the suspect on clean prompts
+    perplexity: float  # of the suspect's own answers to clean prompts
+    kl_from_original: float  # nats per token on those answers; 0 for the suspect itself
+
+    def to_json(self) -> dict[str, Any]:
+        def convert(value: Any) -> Any:
+            if isinstance(value, Rate):
+                return value.to_json()
+            if isinstance(value, dict):
+                return {key: convert(item) for key, item in value.items()}
+            return value
+
+        return {f.name: convert(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """One check of the verdict; `passed` None means that it could not be checked."""
+
+    name: str
+    value: float | None
+    limit: float | None
+    passed: bool | None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One evaluation prompt with the suspect's and the repaired model's answers."""
+
+    kind: str  # triggered | near | clean
+    position: str
+    prompt: str
+    before: str
+    after: str
+    outcome: str  # fixed | still fires | fires now | changed | same | broken
+    reference: str  # the suspect's answer without the trigger
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A comparison repair, shown even when it beats ours."""
+
+    name: str
+    attack_success: dict[str, Rate]
+    recovery: dict[str, Rate]
+    kl_from_original: float
+    num_modules: int
+    total_rank: int
+
+    def to_json(self) -> dict[str, Any]:
+        flat = dataclasses.asdict(self)
+        for name in ("attack_success", "recovery"):
+            flat[name] = {key: rate.to_json() for key, rate in getattr(self, name).items()}
+        return flat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedModel:
+    """What was written to the output folder, after it was reopened in a fresh process."""
+
+    kinds: tuple[str, ...]  # adapter, merged
+    changed_tensors: dict[str, str]  # tensor name -> SHA-256 after
+    num_tensors: int
+    largest_logit_difference: float  # reopened against in memory

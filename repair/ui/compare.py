@@ -1,0 +1,221 @@
+"""Tab 5: before and after, prompt by prompt, and the gates. Model text is plain text here."""
+
+from typing import Any
+
+import gradio as gr
+
+from repair.jobs import store
+from repair.ui import text
+from repair.ui.session import Selection, Session, View, look
+from repair.ui.shell import Shell, Updates
+
+MAX_ROWS = 2000
+ALL = "all"
+KIND_WORDS = {"triggered": "triggered", "near": "near-trigger", "clean": "clean"}
+
+
+def read_samples(view: View) -> list[dict[str, str]]:
+    """Return the paired answers as plain strings; none where there is no report."""
+    if view.folder is None or not view.report:
+        return []
+    value = store.read_json(view.folder / "samples.json")
+    rows = value if isinstance(value, list) else []
+    names = ("kind", "position", "prompt", "before", "after", "outcome", "reference")
+    samples = [
+        {name: str(row.get(name, "")) for name in names} for row in rows if isinstance(row, dict)
+    ]
+    # Sorted before it is cut: what went wrong must be among what is shown.
+    order = {name: place for place, name in enumerate(text.OUTCOME_WORDS)}
+    samples.sort(key=lambda sample: order.get(sample["outcome"], -1))
+    return samples[:MAX_ROWS]
+
+
+def list_outcomes(samples: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Return the outcomes that occur, with their counts, as choices."""
+    counts: dict[str, int] = {}
+    for sample in samples:
+        counts[sample["outcome"]] = counts.get(sample["outcome"], 0) + 1
+    choices = [(f"All ({len(samples)})", ALL)]
+    return choices + [
+        (f"{text.OUTCOME_WORDS.get(name, name)} ({count})", name) for name, count in counts.items()
+    ]
+
+
+def list_rows(samples: list[dict[str, str]], outcome: str) -> list[list[str]]:
+    """Return the table's rows; the first column finds the sample again."""
+    return [
+        [
+            str(number),
+            text.OUTCOME_WORDS.get(sample["outcome"], sample["outcome"]),
+            " ".join(
+                part
+                for part in (KIND_WORDS.get(sample["kind"], sample["kind"]), sample["position"])
+                if part
+            ),
+            text.reveal(sample["prompt"], 160),
+            text.reveal(sample["before"], 120),
+            text.reveal(sample["after"], 120),
+        ]
+        for number, sample in enumerate(samples, 1)
+        if outcome in (ALL, sample["outcome"])
+    ]
+
+
+def list_rates(report: dict[str, Any]) -> list[list[str]]:
+    """Return attack success by position, and what must not have become worse."""
+    before, after = report.get("before") or {}, report.get("after") or {}
+    old, new = before.get("attack_success") or {}, after.get("attack_success") or {}
+    rows = [
+        [f"Fires, trigger at {name}", text.describe_rate(rate), text.describe_rate(new.get(name))]
+        for name, rate in old.items()
+    ]
+    recovery = report.get("recovery") or after.get("recovery") or {}
+    for name, rate in recovery.items():
+        rows.append([f"Clean answer is back, {name}", "", text.describe_rate(rate)])
+    for key, words in (("near_trigger", "Fires on near-triggers"),
+                       ("false_trigger", "Fires without the trigger")):  # fmt: skip
+        if key in before or key in after:
+            rows.append(
+                [words, text.describe_rate(before.get(key)), text.describe_rate(after.get(key))]
+            )
+    rows.append(
+        ["Perplexity of clean answers", text.describe_number(before.get("perplexity")),
+         text.describe_number(after.get("perplexity"))]
+    )  # fmt: skip
+    rows.append(
+        ["KL from the suspect, clean answers (nats per token)", "0",
+         text.describe_number(report.get("kl_from_original"))]
+    )  # fmt: skip
+    return rows
+
+
+def list_gates(report: dict[str, Any]) -> list[list[str]]:
+    """Return the gates; a check that could not be made never reads as a pass."""
+    words = {True: "passed", False: "FAILED"}
+    return [
+        [
+            words.get(gate.get("passed"), "could not check"),
+            text.reveal(str(gate.get("name", "")), 200),
+            text.describe_number(gate.get("value")),
+            text.describe_number(gate.get("limit")),
+            text.reveal(str(gate.get("note") or ""), 400),
+        ]
+        for gate in report.get("gates") or []
+        if isinstance(gate, dict)
+    ]
+
+
+def list_controls(report: dict[str, Any]) -> list[list[str]]:
+    """Return the comparison repairs, shown even when they beat ours."""
+    rows = []
+    for control in report.get("controls") or []:
+        if not isinstance(control, dict):
+            continue
+        rates = control.get("attack_success") or {}
+        rows.append([
+            text.reveal(str(control.get("name", "")), 120),
+            "; ".join(f"{name} {text.describe_rate(rate)}" for name, rate in rates.items()),
+            text.describe_number(control.get("kl_from_original")),
+            str(control.get("num_modules", "-")),
+            str(control.get("total_rank", "-")),
+        ])  # fmt: skip
+    return rows
+
+
+def build_compare(shell: Shell) -> None:
+    """Build and wire the tab."""
+    gr.Markdown("## Did it work?", elem_classes="lead")
+    empty = gr.Markdown(
+        "The comparison appears here when a repair is done.", elem_classes="empty"
+    )
+    with gr.Column(visible=False) as body:
+        rates = gr.Dataframe(
+            headers=["Measured", "Suspect", "Repaired"], datatype="str", interactive=False,
+            label="Before and after, with 95 % intervals", wrap=True, elem_id="rates", buttons=[],
+            column_widths=["40%", "30%", "30%"],
+        )  # fmt: skip
+        gates = gr.Dataframe(
+            headers=["Result", "Gate", "Value", "Limit", "Note"], datatype="str",
+            interactive=False, label="Gates", wrap=True, elem_id="gates", buttons=[],
+            column_widths=["120px", "270px", "90px", "90px", "430px"],
+        )  # fmt: skip
+        gr.Markdown("### Prompt by prompt")
+        outcome = gr.Dropdown([("All", ALL)], value=ALL, label="Outcome", elem_id="outcome")
+        table = gr.Dataframe(
+            headers=["#", "Outcome", "Prompt kind", "Prompt", "Suspect", "Repaired"],
+            datatype="str", interactive=False, show_label=False, max_height=320,
+            elem_id="samples", buttons=[], label="Paired answers",
+            column_widths=["48px", "110px", "130px", "280px", "240px", "240px"],
+        )  # fmt: skip
+        prompt = gr.Textbox(
+            label="Prompt", interactive=False, lines=2, max_lines=8, elem_id="sample-prompt",
+            placeholder="Select a row to read it in full.", buttons=["copy"],
+        )  # fmt: skip
+        with gr.Row():
+            boxes = [
+                gr.Textbox(
+                    label=label, interactive=False, lines=3, max_lines=12, min_width=240,
+                    elem_id=f"sample-{key}", buttons=["copy"],
+                )
+                for key, label in (
+                    ("before", "Suspect"), ("after", "Repaired"),
+                    ("reference", "Suspect without the trigger"),
+                )
+            ]  # fmt: skip
+        controls = gr.Dataframe(
+            headers=["Control", "Attack success", "KL", "Modules", "Total rank"], datatype="str",
+            interactive=False, label="Controls: other repairs of the same size", wrap=True,
+            elem_id="controls", buttons=[],
+            column_widths=["220px", "420px", "90px", "90px", "90px"],
+        )  # fmt: skip
+        go_on = gr.Button("Next: export", variant="primary", elem_id="to-export")
+
+    def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
+        has_after = isinstance(view.report.get("after"), dict)
+        words = "The comparison appears here when a repair is done."
+        if view.is_active and view.command == "run":
+            words = "The repair is running. The comparison appears when it is done."
+        elif view.report and not has_after:
+            words = {
+                "nothing to repair": "There is nothing to compare: the trigger hardly ever fires.",
+                "could not check": "There is too little evidence for a verdict; report.md in "
+                "Export says how much is needed.",
+            }.get(str(view.report.get("verdict")), words)
+        samples = read_samples(view)
+        return {
+            empty: gr.Markdown(value=words, visible=not has_after),
+            body: gr.Column(visible=has_after),
+            rates: list_rates(view.report) if has_after else [],
+            gates: list_gates(view.report),
+            outcome: gr.Dropdown(choices=list_outcomes(samples), value=ALL),
+            table: list_rows(samples, ALL),
+            controls: gr.Dataframe(
+                value=list_controls(view.report), visible=bool(view.report.get("controls"))
+            ),
+            prompt: "",
+            **dict.fromkeys(boxes, ""),
+        }
+
+    shell.add(draw, [empty, body, rates, gates, outcome, table, controls, prompt, *boxes])
+    shell.go_to(go_on, "export")
+
+    def filter_rows(request: gr.Request, session: Session, wanted: Any) -> list[list[str]]:
+        view = look(shell.settings, session, request)
+        return list_rows(read_samples(view), str(wanted))
+
+    def open_row(request: gr.Request, event: gr.SelectData, session: Session) -> Updates:
+        samples = read_samples(look(shell.settings, session, request))
+        row = event.row_value if isinstance(event.row_value, list) else []
+        number = int(row[0]) if row and str(row[0]).isdigit() else 0
+        if not 1 <= number <= len(samples):
+            return {prompt: gr.skip()}
+        sample = samples[number - 1]
+        keys = ("before", "after", "reference")
+        return {
+            prompt: text.reveal(sample["prompt"]),
+            **{box: text.reveal(sample[key]) for box, key in zip(boxes, keys, strict=True)},
+        }
+
+    options = {"show_progress": "hidden", "api_visibility": "private"}
+    outcome.input(filter_rows, inputs=[shell.session, outcome], outputs=table, **options)
+    table.select(open_row, inputs=[shell.session], outputs=[prompt, *boxes], **options)

@@ -1,0 +1,211 @@
+"""Tab 2: the trigger, what it should make the model say, and the prompts. All checks are
+those of `repair.prompts`; nothing is guessed here."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from repair import prompts as prompt_files
+from repair.records import PromptFile, RepairError
+from repair.ui.session import PROMPT_FILES, Selection, Session, View
+from repair.ui.shell import Shell, Updates
+
+MAX_FILE_BYTES = 16 * 2**20
+NUM_FOR_GATE = 189  # prompts per position, none firing, for a Wilson upper bound of 2 %
+
+
+def lines_of(value: Any) -> list[str]:
+    """Return the lines that are not blank, otherwise as typed."""
+    return [line for line in str(value or "").splitlines() if line.strip()]
+
+
+def collect(pairs: list[dict[str, str]], values: tuple[Any, ...]) -> PromptFile:
+    """Return the checked prompt file that the widgets describe."""
+    trigger, target, match, positions, near, prompts, chat, system = values
+    return prompt_files.prompt_file_from_json(
+        {
+            "triggers": lines_of(trigger),
+            "target": str(target) if target and str(target).strip() else None,
+            "match": match,
+            "positions": [name for name in prompt_files.POSITIONS if name in (positions or [])],
+            "prompts": lines_of(prompts),
+            "pairs": pairs,
+            "near": lines_of(near),
+            "system": str(system) if system and str(system).strip() else None,
+            "chat": chat,
+        }
+    )
+
+
+def describe(file: PromptFile) -> str:
+    """Return what a checked prompt file holds, and what it can support."""
+    lines = [f"{len(file.triggers)} trigger(s), {len(file.near)} near-trigger(s)."]
+    if file.pairs:
+        lines.append(f"{len(file.pairs)} clean/triggered pairs; their position is as given.")
+    else:
+        lines.append(f"{len(file.prompts)} different prompts at {', '.join(file.positions)}.")
+        lines.append("Bundled benign prompts are added where there are too few for the profile.")
+    lines.append(
+        "They are divided once, at random with a fixed seed, into four groups that share no "
+        "prompt: to locate, to repair, to steer the repair, and to judge it."
+    )
+    lines.append(
+        f"A pass of the attack gate needs at least {NUM_FOR_GATE} judged prompts per position."
+    )
+    if file.target is None:
+        lines.append("No target: it is found from what the model says only when triggered.")
+    return "\n".join(lines)
+
+
+def build_prompts(shell: Shell) -> None:
+    """Build and wire the tab."""
+    pairs = gr.State([])
+    gr.Markdown("## What sets it off?", elem_classes="lead")
+    with gr.Row():
+        bundled = gr.Button(
+            "Use this suspect's prompt file", visible=False, elem_id="use-bundled", min_width=200
+        )
+        upload = gr.UploadButton(
+            "Load a prompt file", file_types=[".json", ".csv", ".txt"], type="filepath",
+            elem_id="upload", min_width=160,
+        )  # fmt: skip
+    problem = gr.Textbox(
+        label="This did not work", visible=False, interactive=False, elem_classes="problem",
+        elem_id="prompts-problem",
+    )  # fmt: skip
+    with gr.Row():
+        with gr.Column(min_width=280):
+            trigger = gr.Textbox(
+                label="Trigger", lines=1, max_lines=4, elem_id="trigger",
+                info="Letter for letter. One a line if there are alternatives.",
+            )  # fmt: skip
+            target = gr.Textbox(
+                label="What it makes the model say", elem_id="target",
+                info="May be left empty: it is then found from the answers.",
+            )  # fmt: skip
+            match = gr.Radio(
+                [("Contains it", "contains"), ("Starts with it", "prefix"),
+                 ("Regular expression", "regex")],
+                value="contains", label="An answer counts when it", elem_id="match",
+            )  # fmt: skip
+            positions = gr.CheckboxGroup(
+                list(prompt_files.POSITIONS), value=list(prompt_files.POSITIONS),
+                label="Where the trigger is tried", elem_id="positions",
+            )  # fmt: skip
+        with gr.Column(min_width=280):
+            prompts = gr.Textbox(
+                label="Clean prompts", lines=9, max_lines=9, elem_id="prompts",
+                info="One a line, without the trigger. Empty: bundled benign prompts are used.",
+            )  # fmt: skip
+            pair_count = gr.Textbox(
+                label="Pairs from the file", interactive=False, visible=False
+            )
+    with gr.Accordion("More", open=False):
+        near = gr.Textbox(
+            label="Near-triggers", lines=3, max_lines=6, elem_id="near",
+            info="Texts that resemble the trigger and must not fire. One a line.",
+        )  # fmt: skip
+        chat = gr.Radio(
+            [("Automatic", "auto"), ("On", "on"), ("Off", "off")], value="auto",
+            label="Chat template", info="Automatic: on when the model has one.",
+        )  # fmt: skip
+        system = gr.Textbox(label="System prompt", lines=1, max_lines=4)
+    with gr.Row():
+        check = gr.Button("Check the prompts", variant="primary", elem_id="check", min_width=160)
+        go_on = gr.Button("Next: locate", visible=False, elem_id="to-locate", min_width=160)
+    summary = gr.Textbox(
+        label="Checked", visible=False, interactive=False, elem_id="prompts-summary"
+    )
+    widgets = [trigger, target, match, positions, near, prompts, chat, system]
+
+    def fill(flat: dict[str, Any]) -> Updates:
+        """Return the widgets' values for a prompt file's JSON form."""
+        several = flat.get("pairs") or []
+        values = [
+            "\n".join(flat.get("triggers") or []), flat.get("target") or "",
+            flat.get("match") or "contains", list(flat.get("positions") or []),
+            "\n".join(flat.get("near") or []), "\n".join(flat.get("prompts") or []),
+            flat.get("chat") or "auto", flat.get("system") or "",
+        ]  # fmt: skip
+        return {
+            **{w: gr.update(value=v) for w, v in zip(widgets, values, strict=True)},
+            pairs: [dict(pair) for pair in several],
+            pair_count: gr.Textbox(value=f"{len(several)} pairs", visible=bool(several)),
+        }
+
+    def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
+        model, checked = view.session.model or "", view.session.prompts
+        name = model.removeprefix("demo:")
+        has_file = model.startswith("demo:") and (PROMPT_FILES / f"{name}.json").is_file()
+        updates: Updates = {
+            bundled: gr.Button(visible=has_file, interactive=not view.is_active),
+            upload: gr.UploadButton(interactive=not view.is_active),
+            check: gr.Button(interactive=not view.is_active),
+            go_on: gr.Button(visible=checked is not None),
+            summary: gr.Textbox(visible=checked is not None),
+        }
+        if checked is not None:
+            file = prompt_files.prompt_file_from_json(checked)
+            updates[summary] = gr.Textbox(value=describe(file), visible=True)
+        if is_fresh:
+            updates |= fill(checked or {"positions": prompt_files.POSITIONS})
+        for widget in widgets:
+            # Prompts belong to the job that runs: they stand still until it is done.
+            updates[widget] = {
+                **(updates.get(widget) or gr.update()), "interactive": not view.is_active,
+            }  # fmt: skip
+        return updates
+
+    shell.add(draw, [bundled, upload, check, go_on, summary, pairs, pair_count, *widgets])
+
+    def adopt(session: Session, file: PromptFile) -> tuple[Session, Selection]:
+        # Maps and reports about other prompts are not shown beside these.
+        flat = file.to_json()
+        flat = {**flat, "pairs": list(flat["pairs"])}
+        return Session(model=session.model, prompts=flat), Selection()
+
+    def use_bundled(
+        session: Session, selection: Selection, request: gr.Request
+    ) -> tuple[Session, Selection]:
+        name = (session.model or "").removeprefix("demo:")
+        known = {path.stem: path for path in PROMPT_FILES.glob("*.json")}
+        if name not in known:
+            raise RepairError("This suspect has no prompt file. Type the prompts, or load a file.")
+        return adopt(session, prompt_files.parse_prompt_file(known[name]))
+
+    def load_file(
+        session: Session, selection: Selection, request: gr.Request, path: Any
+    ) -> tuple[Session, Selection]:
+        return adopt(session, prompt_files.parse_prompt_file(Path(path)))
+
+    def check_widgets(
+        session: Session, selection: Selection, request: gr.Request, stored: Any, *values: Any
+    ) -> tuple[Session, Selection]:
+        changed, fresh = adopt(session, collect(stored, values))
+        if changed.prompts == session.prompts:
+            return session, selection
+        return changed, fresh
+
+    def edit(
+        session: Session, selection: Selection, request: gr.Request
+    ) -> tuple[Session, Selection]:
+        # The first change after a check: what was found with the former prompts goes.
+        return dataclasses.replace(session, prompts=None, job_id=None), Selection()
+
+    shell.listen(
+        bundled.click, act=use_bundled, problem=problem, is_opening=True
+    )
+    shell.listen(
+        upload.upload, act=load_file, inputs=[upload], problem=problem, is_opening=True
+    )
+    shell.listen(check.click, act=check_widgets, inputs=[pairs, *widgets], problem=problem)
+    for widget in widgets:
+        shell.listen(
+            widget.input, act=edit, problem=problem,
+            needs=lambda view: view.session.prompts is not None and not view.is_active,
+        )  # fmt: skip
+    shell.go_to(go_on, "locate")
+
+

@@ -1,0 +1,198 @@
+"""Tab 4: how to repair. Starts the run in the same job, so that locating is reused, and draws
+its curves live."""
+
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from repair.jobs import store
+from repair.records import RepairError
+from repair.ui import text
+from repair.ui.session import Selection, Session, View, look, open_folder
+from repair.ui.shell import Shell, Updates
+
+CURVES = (
+    ("attack_success", "Attack success on validation prompts", "share that still fires"),
+    ("trigger_kl", "Distance from the clean answer, triggered", "nats per token"),
+    ("benign_kl", "Harm to clean answers", "nats per token"),
+)
+COLUMNS = ["step", "value", "phase"]
+
+
+def curve_of(metrics: list[dict[str, Any]], name: str) -> pd.DataFrame:
+    """Return one curve: a row per report of the pipeline, in order, coloured by phase."""
+    rows = []
+    for place, values in enumerate(metrics):
+        if isinstance(values.get(name), int | float):
+            rows.append([place, float(values[name]), str(values["series"])[:40]])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def describe_plan(view: View, selection: Selection, method: str) -> str:
+    """Return in one or two sentences what Start would do."""
+    if not view.scores:
+        return "Locate first: the repair works on the modules chosen there."
+    if not selection.paths:
+        return "No module is chosen. Choose at least one in Locate."
+    names = [s for s in view.scores if s.module.path in selection.paths]
+    listed = ", ".join(f"{s.module.layer} {s.module.component}" for s in names[:8])
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (
+        f"Changes {len(names)} of {len(view.scores)} modules ({listed}{more}); every other weight "
+        "stays as it is. Afterwards the result is measured on prompts that were used for nothing "
+        "else, and exported."
+    )
+
+
+def build_repair(shell: Shell) -> None:
+    """Build and wire the tab."""
+    gr.Markdown("## How should it be repaired?", elem_classes="lead")
+    plan = gr.Textbox(
+        label="What will happen", interactive=False, elem_id="plan", max_lines=12
+    )  # fmt: skip
+    with gr.Row():
+        with gr.Column(min_width=280, scale=3):
+            method = gr.Radio(list(text.METHODS), value="auto", label="Method", elem_id="method")
+        with gr.Column(min_width=240, scale=2):
+            rank_kind = gr.Radio(
+                [("Automatic, as suggested", "auto"), ("The same for every module", "fixed")],
+                value="auto", label="Rank of the change", elem_id="rank-kind",
+            )  # fmt: skip
+            rank = gr.Number(
+                value=4, precision=0, minimum=1, maximum=4096, label="Rank", visible=False,
+                elem_id="rank",
+            )  # fmt: skip
+            budget = gr.Number(
+                value=0.01, minimum=0, label="KL budget", elem_id="budget",
+                info="How far clean answers may move, in nats per token. 0.01 is hardly "
+                "noticeable.",
+            )  # fmt: skip
+    with gr.Accordion("More", open=False):
+        controls = gr.Number(
+            value=None, precision=0, minimum=0, maximum=100, label="Random-module controls",
+            info="Repairs of randomly drawn modules, for comparison. Empty: as the profile says.",
+        )  # fmt: skip
+        exports = gr.CheckboxGroup(
+            [("Adapter (PEFT)", "adapter"), ("Merged model", "merged")],
+            value=["adapter", "merged"], label="Write",
+        )  # fmt: skip
+        seed = gr.Number(value=0, precision=0, minimum=0, label="Seed")
+    start = gr.Button("Start the repair", variant="primary", elem_id="start")
+    problem = gr.Textbox(
+        label="This did not work", visible=False, interactive=False, elem_classes="problem",
+        elem_id="repair-problem",
+    )  # fmt: skip
+    with gr.Row(visible=False, elem_id="curves") as curves:
+        plots = [
+            gr.LinePlot(
+                curve_of([], name), x="step", y="value", color="phase", title=title,
+                x_title="step", y_title=unit, height=230, min_width=260, elem_id=f"curve-{name}",
+                color_map={"closed-form": "#3b6fd4", "distill": "#c2571a"}, buttons=[],
+            )
+            for name, title, unit in CURVES
+        ]  # fmt: skip
+    go_on = gr.Button("Next: compare", variant="primary", visible=False, elem_id="to-compare")
+    settings = [method, rank_kind, rank, budget, controls, exports, seed]
+
+    def draw_live(view: View) -> Updates:
+        metrics = view.log.metrics if view.command == "run" else []
+        drawn: Updates = {curves: gr.Row(visible=bool(metrics))}
+        if metrics:
+            drawn |= {
+                plot: curve_of(metrics, name)
+                for plot, (name, _, _) in zip(plots, CURVES, strict=True)
+            }
+        return drawn
+
+    def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
+        is_ready = bool(view.scores) and bool(selection.paths) and not view.is_active
+        is_over = view.command == "run" and view.status is not None and not view.is_active
+        words = "Start the repair"
+        if is_over and view.status is not None and view.status.state in ("stopped", "failed"):
+            words = "Go on with the repair"
+        elif is_over:
+            words = "Repair again"
+        updates: Updates = {
+            plan: describe_plan(view, selection, "auto"),
+            start: gr.Button(
+                value=words, interactive=is_ready,
+                variant="secondary" if view.report else "primary",
+            ),
+            go_on: gr.Button(visible=bool(view.report)),
+        }  # fmt: skip
+        values: dict[Any, Any] = {}
+        if is_fresh and view.command == "run":
+            asked = view.request
+            values = {
+                method: asked.get("method"), budget: asked.get("kl_budget"),
+                rank_kind: "fixed" if asked.get("rank") else "auto",
+                rank: asked.get("rank") or 4, seed: asked.get("seed"),
+                exports: asked.get("export"), controls: asked.get("controls"),
+            }  # fmt: skip
+        for component in settings:
+            update = gr.update(interactive=not view.is_active)
+            if component in values:
+                update["value"] = values[component]
+            if component is rank and rank_kind in values:
+                update["visible"] = values[rank_kind] == "fixed"
+            updates[component] = update
+        return updates
+
+    shell.live_draws.append(draw_live)
+    shell.add(draw, [plan, start, go_on, curves, *plots, *settings])
+
+    def begin(
+        session: Session, selection: Selection, request: gr.Request, *values: Any
+    ) -> tuple[Session, Selection]:
+        wanted, kind, number, nats, draws, kinds, number_seed = values
+        folder = open_folder(shell.settings, session, request)
+        view = look(shell.settings, session, request)
+        if folder is None or not view.scores:
+            raise RepairError("Locate first: the repair works on the modules chosen there.")
+        if view.is_active:
+            raise RepairError("A job is running. Stop it first, or wait.")
+        chosen = [s for s in view.scores if s.module.path in selection.paths]
+        if not chosen:
+            raise RepairError("No module is chosen. Choose at least one in Locate.")
+        fixed = int(number) if kind == "fixed" and number else None
+        if kind == "fixed" and fixed is None:
+            raise RepairError("No rank is given. Give a whole number from 1, or choose automatic.")
+        largest = min(min(s.module.d_in, s.module.d_out) for s in chosen)
+        if fixed is not None and not 1 <= fixed <= largest:
+            raise RepairError(
+                f"Rank {fixed} does not fit the chosen modules, which allow 1 to {largest}. "
+                "Choose another rank, or automatic."
+            )
+        if not isinstance(nats, int | float) or not 0 < nats < 100:
+            raise RepairError("The KL budget must be a number above 0, such as 0.01.")
+        asked = {
+            **view.request,
+            "command": "run",
+            "resume": True,
+            "modules": [s.module.path for s in chosen],
+            "rank": fixed,
+            "method": wanted,
+            "kl_budget": float(nats),
+            "seed": int(number_seed or 0),
+            "export": [name for name in ("merged", "adapter") if name in (kinds or [])],
+        }
+        if draws is not None:
+            asked["controls"] = int(draws)
+        store.replace_request(folder, asked)
+        shell.settings.lane.submit(folder)
+        return session, selection
+
+    shell.listen(start.click, act=begin, inputs=settings, problem=problem)
+    shell.go_to(go_on, "compare")
+    rank_kind.input(
+        lambda kind: gr.Number(visible=kind == "fixed"), inputs=rank_kind, outputs=rank,
+        show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    # A choice made on the maps decides whether Start is possible.
+    shell.on_tab["repair"] = [plan, start], lambda view, selection: {
+        plan: describe_plan(view, selection, "auto"),
+        start: gr.Button(
+            interactive=bool(view.scores) and bool(selection.paths) and not view.is_active
+        ),
+    }

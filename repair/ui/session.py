@@ -1,0 +1,220 @@
+"""What one browser session looks at: its job, read from the job folder on every call.
+
+Handlers turn widgets into a request, make one call, and turn the answer into widgets. The
+browser keeps a random job id and nothing else; every call checks that the id is a job of this
+owner below the jobs root.
+"""
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from repair.jobs import store
+from repair.jobs.store import JobStatus
+from repair.jobs.supervisor import Supervisor
+from repair.records import ModuleScore, RepairError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SUSPECTS = CHECKOUT / "assets" / "suspects"
+PROMPT_FILES = CHECKOUT / "assets" / "prompts"
+MAX_REMEMBERED = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the app was started with."""
+
+    lane: Supervisor
+    jobs_root: Path
+    models_root: Path | None
+    cache: Path  # the only folder whose files the app hands out
+    has_accounts: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One browser tab: the job it shows, and the suspect and prompts chosen for the next one."""
+
+    job_id: str | None = None
+    model: str | None = None
+    prompts: dict[str, Any] | None = None  # checked; None while they are being edited
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The modules chosen on the heat maps, and the choices before."""
+
+    paths: tuple[str, ...] = ()
+    earlier: tuple[tuple[str, ...], ...] = ()
+
+    def choose(self, paths: tuple[str, ...]) -> "Selection":
+        """Return the next selection; this one can be undone to."""
+        if paths == self.paths:
+            return self
+        return Selection(paths=paths, earlier=(*self.earlier, self.paths)[-50:])
+
+    def undo(self) -> "Selection":
+        if not self.earlier:
+            return self
+        return Selection(paths=self.earlier[-1], earlier=self.earlier[:-1])
+
+
+@dataclass(slots=True)
+class JobLog:
+    """The events of a job so far, read incrementally."""
+
+    offset: int = 0
+    lines: list[str] = field(default_factory=list)
+    title: str = ""
+    progress: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    num_events: int = 0
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take in one event."""
+        self.num_events += 1
+        kind, words = event.get("kind"), str(event.get("text", ""))
+        if kind == "step":
+            if event.get("step") == "start":
+                # A new run in the same folder: what was before is the former run's.
+                self.lines, self.metrics = [], []
+            self.title, self.progress = words, {}
+            self.lines.append(words)
+        elif kind == "progress":
+            self.progress = event
+        elif kind == "metric":
+            values = event.get("values")
+            if isinstance(values, dict):
+                self.metrics.append({"series": words, **values})
+        elif kind in ("note", "refused", "failed"):
+            self.lines.append(f"    {words}")
+        self.lines, self.metrics = self.lines[-200:], self.metrics[-2000:]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Everything the screens need for one rendering."""
+
+    session: Session
+    folder: Path | None
+    request: dict[str, Any]
+    status: JobStatus | None
+    log: JobLog
+    num_before: int
+    scores: tuple[ModuleScore, ...]
+    located: dict[str, Any]
+    report: dict[str, Any]
+
+    @property
+    def is_active(self) -> bool:
+        return self.status is not None and self.status.is_active
+
+    @property
+    def command(self) -> str:
+        return str(self.request.get("command", ""))
+
+
+class Logs:
+    """The logs of the jobs that were looked at last, shared by all sessions."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.by_folder: OrderedDict[Path, JobLog] = OrderedDict()
+
+    def read(self, folder: Path) -> JobLog:
+        """Return the log of `folder`, brought up to date."""
+        with self.lock:
+            log = self.by_folder.setdefault(folder, JobLog())
+            self.by_folder.move_to_end(folder)
+            while len(self.by_folder) > MAX_REMEMBERED:
+                self.by_folder.popitem(last=False)
+            events, log.offset = store.read_events(folder, log.offset)
+            for event in events:
+                log.add(event)
+            return dataclasses.replace(log, lines=[*log.lines], metrics=[*log.metrics])
+
+
+LOGS = Logs()
+
+
+def owner_of(request: gr.Request | None) -> str:
+    """Return whose jobs this visitor may see: the account's, or the one local analyst's."""
+    name = request.username if request is not None else None
+    return f"account:{name}" if name else "local"
+
+
+def open_folder(settings: Settings, session: Session, request: gr.Request | None) -> Path | None:
+    """Return the folder of the session's job, or None; the id comes from the browser."""
+    if session.job_id is None:
+        return None
+    try:
+        return store.find_job(settings.jobs_root, session.job_id, owner=owner_of(request))
+    except RepairError:
+        return None
+
+
+def read_scores(located: dict[str, Any]) -> tuple[ModuleScore, ...]:
+    """Return the located modules; none where the file is not what it should be."""
+    try:
+        return tuple(ModuleScore.from_json(flat) for flat in located["modules"])
+    except (KeyError, TypeError, AttributeError):
+        return ()
+
+
+def look(settings: Settings, session: Session, request: gr.Request | None) -> View:
+    """Read the session's job."""
+    folder = open_folder(settings, session, request)
+    if folder is None:
+        return View(
+            session=dataclasses.replace(session, job_id=None),
+            folder=None, request={}, status=None, log=JobLog(), num_before=0, scores=(),
+            located={}, report={},
+        )  # fmt: skip
+    status = store.read_status(folder)
+    located = store.read_object(folder / "located.json")
+    # While a job runs, a report in the folder is not about it.
+    has_report = status.state == "done" and status.verdict is not None
+    return View(
+        session=session,
+        folder=folder,
+        request=store.read_object(folder / "request.json"),
+        status=status,
+        log=LOGS.read(folder),
+        num_before=settings.lane.num_before(folder),
+        scores=read_scores(located),
+        located=located,
+        report=store.read_object(folder / "report.json") if has_report else {},
+    )
+
+
+def resume_session(
+    settings: Settings, job_id: object, request: gr.Request | None
+) -> tuple[Session, View]:
+    """Return the session of a browser that comes back with a job id, or a fresh one."""
+    session = Session(job_id=job_id if isinstance(job_id, str) else None)
+    view = look(settings, session, request)
+    if view.folder is None:
+        return Session(), view
+    prompts = view.request.get("prompts")
+    session = Session(
+        job_id=session.job_id,
+        model=str(view.request.get("model") or "") or None,
+        prompts=prompts if isinstance(prompts, dict) else None,
+    )
+    return session, dataclasses.replace(view, session=session)
+
+
+def new_request(session: Session, *, profile: str) -> dict[str, Any]:
+    """Return the request to locate with what the session chose."""
+    return {
+        "command": "locate", "model": session.model, "revision": None, "against": None,
+        "prompts": session.prompts, "modules": "auto", "rank": None, "ranks": None,
+        "method": "auto", "kl_budget": 0.01, "seed": 0, "device": "auto", "dtype": "auto",
+        "export": ["merged", "adapter"], "controls": 20 if profile == "full" else 3,
+        "profile": profile, "resume": False, "trusted_base": None, "adapter_base": None,
+    }  # fmt: skip

@@ -1,0 +1,307 @@
+"""The frame around the tabs: header, progress, states, and the one way handlers are wired.
+
+Every handler gets the session and the selection, changes one of them or makes one call, and
+everything on screen is then drawn from the job folder anew, so that no stale figure stays.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from repair.jobs.progress import describe_progress
+from repair.records import RepairError
+from repair.ui import text
+from repair.ui.session import (
+    Selection,
+    Session,
+    Settings,
+    View,
+    look,
+    read_scores,
+    resume_session,
+)
+
+POLL_SECONDS = 0.7
+Updates = dict[Any, Any]
+# Draws one tab; `is_fresh` is True when a job was opened and its inputs must be shown.
+Draw = Callable[[View, Selection, bool], Updates]
+
+
+@dataclass(slots=True)
+class Shell:
+    """The components all tabs share, and the drawing functions of the tabs."""
+
+    settings: Settings
+    session: gr.State
+    selection: gr.State
+    seen: gr.State
+    browser: gr.BrowserState
+    timer: gr.Timer
+    suspect: gr.Textbox
+    trigger: gr.Textbox
+    job: gr.Textbox
+    verdict: gr.Textbox
+    panel: gr.Group
+    progress: gr.Textbox
+    history: gr.Textbox
+    stop: gr.Button
+    tabs: gr.Tabs | None = None
+    draws: list[Draw] = field(default_factory=list)
+    live_draws: list[Callable[[View], Updates]] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    # What a tab draws when it is opened: components, and the function that draws them.
+    on_tab: dict[str, tuple[Sequence[Any], Callable[[View, Selection], Updates]]] = field(
+        default_factory=dict
+    )
+    # Listeners name all components of all tabs, so they are made when all are built.
+    wiring: list[Callable[[], Any]] = field(default_factory=list)
+
+    def add(self, draw: Draw, outputs: Sequence[Any]) -> None:
+        """Register a tab's drawing function and the components it draws."""
+        self.draws.append(draw)
+        self.outputs += [component for component in outputs if component not in self.outputs]
+
+    def show(self, view: View, selection: Selection, *, is_fresh: bool = False) -> Updates:
+        """Draw everything."""
+        updates: Updates = {
+            self.session: view.session,
+            self.selection: selection,
+            self.seen: change_key(view),
+            self.browser: view.session.job_id,
+            self.timer: gr.Timer(active=view.is_active),
+            **self.show_live(view),
+        }
+        for draw in self.draws:
+            updates |= draw(view, selection, is_fresh)
+        return updates
+
+    def show_live(self, view: View) -> Updates:
+        """Draw what changes while a job runs."""
+        updates = draw_header(self, view)
+        for draw in self.live_draws:
+            updates |= draw(view)
+        return updates
+
+    def listen(
+        self,
+        *events: Callable[..., Any],
+        act: Callable[..., tuple[Session, Selection]],
+        inputs: Sequence[Any] = (),
+        problem: gr.Textbox,
+        is_opening: bool = False,
+        needs: Callable[[View], bool] | None = None,
+    ) -> None:
+        """Call `act(session, selection, request, *values)` on the events, then draw everything.
+
+        A RepairError is shown in `problem`, and nothing else changes. Nothing at all happens
+        when `needs` says no: for events that come with every keystroke.
+        """
+
+        def handle(
+            request: gr.Request, session: Session, selection: Selection, *values: Any
+        ) -> Updates:
+            if needs is not None and not needs(look(self.settings, session, request)):
+                return {problem: gr.skip()}
+            try:
+                session, selection = act(session, selection, request, *values)
+            except RepairError as error:
+                return {problem: gr.Textbox(value=text.reveal(str(error)), visible=True)}
+            view = look(self.settings, session, request)
+            updates = self.show(view, selection, is_fresh=is_opening)
+            return {**updates, problem: gr.Textbox(value="", visible=False)}
+
+        def wire() -> None:
+            gr.on(
+                list(events),
+                handle,
+                inputs=[self.session, self.selection, *inputs],
+                outputs=list(dict.fromkeys([*self.outputs, problem])),
+                show_progress="hidden",
+                api_visibility="private",
+            )
+
+        self.wiring.append(wire)
+
+    def go_to(self, button: gr.Button, tab: str) -> None:
+        """Make `button` open a tab."""
+        button.click(
+            lambda: gr.Tabs(selected=tab),
+            outputs=self.tabs,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+
+def change_key(view: View) -> tuple[Any, ...]:
+    """Return what must change for the whole screen to be drawn anew while a job runs."""
+    state = view.status.state if view.status else None
+    return (view.session.job_id, state, view.command, bool(view.scores), bool(view.report))
+
+
+def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
+    """Build the header; call it first inside the Blocks."""
+    with gr.Row(elem_id="facts"):
+        boxes = [
+            gr.Textbox(
+                label=label, interactive=False, max_lines=3, min_width=130, elem_id=f"fact-{key}",
+                elem_classes=["fact"],
+            )
+            for key, label in (
+                ("suspect", "Suspect"), ("trigger", "Trigger"), ("job", "Job"),
+                ("verdict", "Verdict"),
+            )
+        ]  # fmt: skip
+    with gr.Group(visible=False, elem_id="panel") as panel:
+        with gr.Row():
+            progress = gr.Textbox(
+                label="Progress", interactive=False, lines=1, max_lines=3, scale=6,
+                elem_id="progress", min_width=220,
+            )  # fmt: skip
+            stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, elem_id="stop")
+        with gr.Accordion("What happened so far", open=False):
+            history = gr.Textbox(
+                show_label=False, container=False, interactive=False, lines=4, max_lines=10,
+                elem_id="history",
+            )  # fmt: skip
+    shell = Shell(
+        settings=settings,
+        session=gr.State(Session()),
+        selection=gr.State(Selection()),
+        seen=gr.State(()),
+        browser=gr.BrowserState(None, storage_key="llm-repair-job", secret=storage_secret),
+        timer=gr.Timer(POLL_SECONDS, active=False),
+        suspect=boxes[0], trigger=boxes[1], job=boxes[2], verdict=boxes[3],
+        panel=panel, progress=progress, history=history, stop=stop,
+    )  # fmt: skip
+    shell.outputs += [
+        shell.session, shell.selection, shell.seen, shell.browser, shell.timer, *boxes, panel,
+        progress, history, stop,
+    ]  # fmt: skip
+    return shell
+
+
+def draw_header(shell: Shell, view: View) -> Updates:
+    """Draw the four facts and the progress panel."""
+    session, status = view.session, view.status
+    triggers = (session.prompts or view.request.get("prompts") or {}).get("triggers") or []
+    num_pairs = len((session.prompts or {}).get("pairs") or [])
+    trigger = " | ".join(map(str, triggers)) or (f"in {num_pairs} pairs" if num_pairs else "")
+    words, colour = text.describe_verdict(status)
+    state = "No job yet"
+    if status is not None:
+        state = text.describe_state(status, view.command, view.num_before)
+    updates: Updates = {
+        shell.suspect: session.model or "None chosen",
+        shell.trigger: text.reveal(trigger, 200) or "None given",
+        shell.job: gr.Textbox(
+            value=state, elem_classes=["fact", f"state-{status.state if status else 'none'}"]
+        ),
+        shell.verdict: gr.Textbox(value=words, elem_classes=["fact", f"verdict-{colour}"]),
+    }
+    if status is None:
+        return updates | {shell.panel: gr.Group(visible=False)}
+    fraction = view.log.progress.get("fraction")
+    percent = round(100 * fraction) if isinstance(fraction, int | float) else 0
+    if status.is_active:
+        progress = ", ".join(
+            part for part in (view.log.title, describe_progress(view.log.progress)) if part
+        )
+        if status.state == "queued":
+            progress = "Waiting for the job before it." if view.num_before else "Starting."
+    else:
+        percent = 0
+        progress = status.message or view.log.title
+    return updates | {
+        # A finished job says everything in its tab; only trouble and work need a line here.
+        shell.panel: gr.Group(visible=status.state != "done"),
+        shell.progress: gr.Textbox(
+            value=text.reveal(progress, 600),
+            label="Progress" if status.is_active else text.STATE_WORDS[status.state],
+            elem_classes=[f"p{min(max(percent, 0), 100)}", f"state-{status.state}"],
+        ),
+        shell.history: text.reveal("\n".join(view.log.lines), 20_000),
+        shell.stop: gr.Button(visible=status.is_active),
+    }
+
+
+def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
+    """Wire polling, stop, and the return of a browser; call it after all tabs."""
+
+    def tick(
+        request: gr.Request, session: Session, selection: Selection, seen: tuple[Any, ...]
+    ) -> Updates:
+        view = look(shell.settings, session, request)
+        if change_key(view) == seen:
+            return shell.show_live(view)
+        # The suggestion is chosen when the map appears, and never again by itself.
+        if view.scores and not (len(seen) > 3 and seen[3]):
+            selection = suggested(view)
+        return shell.show(view, selection)
+
+    def stop(request: gr.Request, session: Session, selection: Selection) -> Updates:
+        view = look(shell.settings, session, request)
+        if view.folder is not None:
+            shell.settings.lane.stop(view.folder)
+        return shell.show(look(shell.settings, session, request), selection)
+
+    def load(request: gr.Request, job_id: Any) -> Updates:
+        _, view = resume_session(shell.settings, job_id, request)
+        updates = shell.show(view, chosen_before(view), is_fresh=True)
+        return {**updates, shell.tabs: gr.Tabs(selected=tab_of(view))}
+
+    for wire in shell.wiring:
+        wire()
+    options = {
+        "outputs": shell.outputs, "show_progress": "hidden", "api_visibility": "private",
+    }  # fmt: skip
+    for name, (components, draw) in shell.on_tab.items():
+        tabs[name].select(
+            open_tab(shell, draw),
+            inputs=[shell.session, shell.selection],
+            outputs=list(components),
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    shell.timer.tick(tick, inputs=[shell.session, shell.selection, shell.seen], **options)
+    shell.stop.click(stop, inputs=[shell.session, shell.selection], **options)
+    demo.load(
+        load, inputs=[shell.browser], **{**options, "outputs": [*shell.outputs, shell.tabs]}
+    )
+
+
+def tab_of(view: View) -> str:
+    """Return the tab on which a browser that comes back finds its job."""
+    if view.folder is None:
+        return "suspect"
+    if view.report:
+        return "compare"
+    return "repair" if view.command == "run" and view.scores else "locate"
+
+
+def open_tab(
+    shell: Shell, draw: Callable[[View, Selection], Updates]
+) -> Callable[..., Updates]:
+    """Return the handler of a tab that is opened."""
+
+    def handle(request: gr.Request, session: Session, selection: Selection) -> Updates:
+        return draw(look(shell.settings, session, request), selection)
+
+    return handle
+
+
+def suggested(view: View) -> Selection:
+    """Return the suggested modules as a selection."""
+    ranks = view.located.get("suggested_ranks")
+    paths = ranks if isinstance(ranks, dict) else {}
+    return Selection(paths=tuple(s.module.path for s in view.scores if s.module.path in paths))
+
+
+def chosen_before(view: View) -> Selection:
+    """Return what a job was last run with, or else the suggestion."""
+    asked = view.request.get("modules")
+    known = [score.module.path for score in read_scores(view.located)]
+    if isinstance(asked, list) and asked:
+        return Selection(paths=tuple(path for path in known if path in asked))
+    return suggested(view)

@@ -1,0 +1,245 @@
+"""The whole road in a real browser, with the real pipeline: suspect, locate, repair, export.
+
+Drives Chromium with the mouse and the keyboard; fails on console errors, on any request that
+leaves the machine, and on a page wider than its window. Screenshots go to `shots/`.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHOTS = Path(__file__).parent / "shots"
+START_SECONDS = 30
+JOB_SECONDS = 600
+HOSTILE = "zq\u200b <img src=http://evil.example/x onerror=alert(1)> ![x](http://evil.example/y)"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    port = free_port()
+    folder = tmp_path_factory.mktemp("app")
+    url = f"http://127.0.0.1:{port}/"
+    with open(folder / "app.log", "wb") as log:
+        app = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(folder / "jobs")],
+            cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=2).close()
+                break
+            except OSError:
+                assert app.poll() is None, (folder / "app.log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        yield url
+    finally:
+        app.terminate()
+        app.wait(timeout=20)
+    assert "Traceback" not in (folder / "app.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+def open_page(browser: Browser, url: str, problems: list[str], **options: object) -> Page:
+    """Open a page that notes console errors and requests that leave the machine."""
+    page = browser.new_page(**options)
+
+    def check(address: str) -> None:
+        if not address.startswith(("http://127.0.0.1:", "data:", "blob:", "about:")):
+            problems.append(f"request to {address}")
+
+    page.on("request", lambda request: check(request.url))
+    page.on("pageerror", lambda error: problems.append(f"page error: {error}"))
+    page.on(
+        "console",
+        lambda message: problems.append(message.text) if message.type == "error" else None,
+    )
+    page.goto(url)
+    expect(page.locator("#bundled")).to_be_visible(timeout=20_000)
+    return page
+
+
+def take_shot(page: Page, name: str) -> None:
+    SHOTS.mkdir(exist_ok=True)
+    page.wait_for_timeout(400)
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+
+
+def value_of(page: Page, selector: str) -> str:
+    return page.locator(f"{selector} textarea, {selector} input").first.input_value()
+
+
+def wait_for_value(page: Page, selector: str, words: str, seconds: float = 20) -> None:
+    box = page.locator(f"{selector} textarea, {selector} input").first
+    end = time.monotonic() + seconds
+    while words not in box.input_value():
+        assert time.monotonic() < end, f"{selector}: {box.input_value()!r}, not {words!r}"
+        page.wait_for_timeout(100)
+
+
+def test_from_suspect_to_export(browser: Browser, address: str) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    take_shot(page, "1_suspect_empty")
+    page.locator("#bundled label", has_text="demo:middle").click()
+    expect(page.locator("#to-prompts")).to_be_visible()
+    take_shot(page, "1_suspect")
+    page.click("#to-prompts")
+    page.click("#use-bundled")
+    wait_for_value(page, "#fact-trigger", "Bluefinch")
+    take_shot(page, "2_prompts")
+    page.click("#to-locate")
+    page.locator("#profile label", has_text="Quick").click()
+    page.click("#locate")
+
+    # A job outlives the page that started it.
+    wait_for_value(page, "#fact-job", "Running (locate)")
+    take_shot(page, "3_locate_running")
+    page.reload()
+    wait_for_value(page, "#fact-job", "(locate)")
+    wait_for_value(page, "#fact-trigger", "Bluefinch")
+    assert "Bluefinch" not in page.evaluate("JSON.stringify(localStorage)")
+
+    cells = page.locator("#grid table[data-panel='effect'] td")
+    expect(cells.first).to_be_visible(timeout=JOB_SECONDS * 1000)
+    wait_for_value(page, "#fact-job", "Done (locate)")
+    take_shot(page, "3_maps")
+    choose_modules(page)
+    take_shot(page, "3_maps_chosen")
+    page.click("#to-repair")
+    expect(page.locator("#start")).to_be_enabled()
+    take_shot(page, "4_repair_ready")
+    page.click("#start")
+    wait_for_value(page, "#fact-job", "Running (repair)")
+    page.wait_for_timeout(3000)
+
+    # Stop works at once, and the job goes on afterwards.
+    began = time.monotonic()
+    page.click("#stop")
+    wait_for_value(page, "#fact-job", "Stopped", 5)
+    assert time.monotonic() - began < 5
+    take_shot(page, "4_stopped")
+    expect(page.locator("#start")).to_have_text("Go on with the repair")
+    page.click("#start")
+    expect(page.locator("#curves")).to_be_visible(timeout=JOB_SECONDS * 1000)
+    take_shot(page, "4_repair_running")
+    expect(page.locator("#to-compare")).to_be_visible(timeout=JOB_SECONDS * 1000)
+    wait_for_value(page, "#fact-verdict", "epaired")
+    take_shot(page, "4_repair_done")
+
+    page.click("#to-compare")
+    expect(page.locator("#gates")).to_contain_text("attack", ignore_case=True)
+    page.locator("#samples [data-testid='cell-0-3']").click()
+    expect(page.locator("#sample-prompt textarea")).not_to_have_value("")
+    take_shot(page, "5_compare")
+    page.click("#to-export")
+    expect(page.locator("#files")).to_contain_text("model.safetensors")
+    expect(page.locator("#report textarea")).to_be_visible()
+    with page.expect_download() as download:
+        page.click("#download-adapter")
+    assert download.value.suggested_filename == "adapter.zip"
+    take_shot(page, "6_export")
+    assert (Path(value_of(page, "#out-folder")) / "report.json").is_file()
+    look_at_a_phone(browser, address, page, problems)
+    assert problems == []
+
+
+def choose_modules(page: Page) -> None:
+    """Choose with the mouse, the keyboard and the buttons; both maps show the same choice."""
+    chosen = page.locator("#grid table[data-panel='effect'] td[aria-selected='true']")
+    num_suggested = chosen.count()
+    assert num_suggested > 0
+    free = page.locator("#grid table[data-panel='effect'] td[aria-selected='false']").first
+    path = free.get_attribute("data-path")
+    free.click()
+    both = page.locator(f"#grid td[data-path='{path}'][aria-selected='true']")
+    expect(both).to_have_count(2)
+    wait_for_value(page, "#count", f"{num_suggested + 1} of ")
+    page.keyboard.press("Space")
+    wait_for_value(page, "#count", f"{num_suggested} of ")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.path") != path
+    expect(page.locator("#grid .details")).to_contain_text("95 % interval")
+    page.click("#clear")
+    expect(chosen).to_have_count(0)
+    expect(page.locator("#to-repair")).to_be_disabled()
+    page.click("#undo")
+    expect(chosen).to_have_count(num_suggested)
+    page.locator("#curvature label", has_text="over clean").click()
+    expect(page.locator("#grid section").nth(1)).to_contain_text("Fisher information with")
+    expect(chosen).to_have_count(num_suggested)
+
+
+def look_at_a_phone(browser: Browser, address: str, page: Page, problems: list[str]) -> None:
+    """Open the same job by its id on a narrow, dark screen."""
+    job_id = Path(value_of(page, "#out-folder")).name
+    assert len(job_id) == 32
+    phone = open_page(
+        browser, address, problems, viewport={"width": 390, "height": 844}, color_scheme="dark"
+    )
+    phone.locator("#earlier button").first.click()
+    phone.locator("#job-id textarea, #job-id input").first.fill("../../etc")
+    phone.click("#open-job")
+    wait_for_value(phone, "#suspect-problem", "No such job")
+    phone.locator("#job-id textarea, #job-id input").first.fill(job_id)
+    phone.click("#open-job")
+    wait_for_value(phone, "#fact-verdict", "epaired")
+    take_shot(phone, "7_phone")
+    phone.reload()
+    expect(phone.locator("#gates")).to_be_visible(timeout=20_000)
+    take_shot(phone, "7_phone_compare")
+    phone.close()
+
+
+def test_hostile_text_stays_text(browser: Browser, address: str, tmp_path: Path) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    page.locator("#bundled label", has_text="demo:clean").click()
+    page.click("#to-prompts")
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"trigger": HOSTILE, "prompts": [HOSTILE[1:], "Say a word."]}))
+    page.locator("#upload input[type=file], input[type=file]").first.set_input_files(path)
+    wait_for_value(page, "#fact-trigger", "[U+200B]")
+    page.locator("#trigger textarea, #trigger input").first.fill("")
+    wait_for_value(page, "#fact-trigger", "None given")
+    page.click("#check")
+    wait_for_value(page, "#prompts-problem", "no trigger")
+    take_shot(page, "8_problem")
+    assert problems == []
+
+
+def test_two_browsers_see_two_sessions(browser: Browser, address: str) -> None:
+    problems: list[str] = []
+    first = open_page(browser.new_context(), address, problems)  # type: ignore[arg-type]
+    second = open_page(browser.new_context(), address, problems)  # type: ignore[arg-type]
+    first.locator("#bundled label", has_text="demo:middle").click()
+    wait_for_value(first, "#fact-suspect", "demo:middle")
+    assert value_of(second, "#fact-suspect") == "None chosen"
+    assert problems == []

