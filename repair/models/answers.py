@@ -135,7 +135,8 @@ def answer_logits(
     The output matrix is applied at these positions only. `ids` is padded on the right.
     """
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(hidden[rows, columns]).float()
+    logits = model.get_output_embeddings()(hidden[rows, columns])
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,225 @@
+"""The closed form, the adapter and the distillation on a tiny model."""
+
+import numpy as np
+import pytest
+import torch
+
+from repair.locate.curvature import phi, whitening_of
+from repair.locate.fisher import collect_factors, trigger_gradients
+from repair.locate.lessons import Lessons, measure_kl
+from repair.lowrank.adapter import attached, read_updates
+from repair.lowrank.checkpoint import (
+    read_training,
+    read_updates_file,
+    save_training,
+    save_updates,
+)
+from repair.lowrank.closed_form import _direction, predict_cost, solve_closed_form
+from repair.lowrank.distillation import distill
+from repair.models.hooks import apply_updates, count_hooks
+from repair.models.loading import LoadedModel
+from repair.records import LowRankUpdate, ModuleRef
+from tests.locate.material import make_lessons
+
+
+@pytest.fixture(scope="module")
+def lessons(tiny_llama: LoadedModel) -> Lessons:
+    return make_lessons(tiny_llama, num=24)
+
+
+@pytest.fixture(scope="module")
+def whitenings(tiny_llama: LoadedModel, lessons: Lessons):
+    clean = lessons.clean
+    factors = collect_factors(
+        tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0
+    )
+    return {path: whitening_of(found) for path, found in factors.items()}
+
+
+def some_ranks(loaded: LoadedModel) -> dict[str, int]:
+    return {loaded.modules[i].path: rank for i, rank in ((3, 2), (5, 3), (6, 2))}
+
+
+def random_updates(loaded: LoadedModel, *, scale: float = 0.05) -> tuple[LowRankUpdate, ...]:
+    generator = np.random.default_rng(0)
+    by_path = {ref.path: ref for ref in loaded.modules}
+    return tuple(
+        LowRankUpdate(
+            module=by_path[path],
+            lora_A=generator.standard_normal((rank, by_path[path].d_in)).astype(np.float32),
+            lora_B=(scale * generator.standard_normal((by_path[path].d_out, rank))).astype(
+                np.float32
+            ),
+        )
+        for path, rank in some_ranks(loaded).items()
+    )
+
+
+def test_the_step_is_the_minimiser_in_float64() -> None:
+    """Against a dense solver: over full rank, dW = -eta G^{-1} D A^{-1}; over rank r, no random
+    rank-r matrix has a lower objective."""
+    from tests.locate.test_curvature import REF, random_factors
+
+    whitening = whitening_of(random_factors(8), damping=0.05)
+    generator = torch.Generator().manual_seed(9)
+    gradient = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    activation = whitening.root_in @ whitening.root_in
+    output = whitening.root_out @ whitening.root_out
+    dense = -torch.linalg.solve(output, gradient) @ torch.linalg.inv(activation)
+    lora_A, lora_B, energy = _direction([REF], {"m": 5}, {"m": whitening}, {"m": gradient})["m"]
+    torch.testing.assert_close(lora_B @ lora_A, dense, rtol=1e-8, atol=1e-8)
+    assert energy == pytest.approx(
+        phi(torch.linalg.svdvals(whitening.whiten(gradient)), 5), rel=1e-9
+    )
+
+    def objective(change: torch.Tensor) -> float:
+        cost = 0.5 * (whitening.root_out @ change @ whitening.root_in).square().sum()
+        return ((gradient * change).sum() + cost).item()
+
+    lora_A, lora_B, energy = _direction([REF], {"m": 2}, {"m": whitening}, {"m": gradient})["m"]
+    ours = objective(lora_B @ lora_A)
+    assert ours == pytest.approx(-energy / 2, rel=1e-9)
+    u, s, vh = torch.linalg.svd(dense)
+    assert ours < objective((u[:, :2] * s[:2]) @ vh[:2])  # plain truncation of the dense step
+    for _ in range(200):
+        left = torch.randn(5, 2, generator=generator, dtype=torch.float64)
+        right = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+        change = left @ right
+        best_scale = -(gradient * change).sum() / (
+            (whitening.root_out @ change @ whitening.root_in).square().sum()
+        )
+        assert ours <= objective(best_scale * change)
+
+
+def test_the_closed_form_lowers_what_it_says(
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings
+) -> None:
+    ranks = some_ranks(tiny_llama)
+    before = measure_kl(tiny_llama, lessons.held_out_triggered)
+    updates, last = solve_closed_form(
+        tiny_llama, ranks, whitenings, lessons, kl_budget=0.05
+    )
+    assert {update.module.path: update.rank for update in updates} == ranks
+    assert last.trigger_kl + last.benign_kl < before
+    assert last.benign_kl <= 0.025
+    assert measure_kl(tiny_llama, lessons.held_out_triggered, updates) == pytest.approx(
+        last.trigger_kl, rel=1e-5
+    )
+    assert last.predicted_kl == pytest.approx(predict_cost(updates, whitenings), rel=1e-9)
+    assert count_hooks(tiny_llama.model) == 0
+
+
+def test_no_step_is_taken_beyond_the_budget(
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings
+) -> None:
+    updates, last = solve_closed_form(
+        tiny_llama, some_ranks(tiny_llama), whitenings, lessons, kl_budget=1e-12
+    )
+    assert updates == ()
+    assert last.benign_kl == 0.0
+
+
+def test_adapter_equals_updates_and_leaves_the_model_bare(tiny_llama: LoadedModel) -> None:
+    updates = random_updates(tiny_llama)
+    ids = torch.tensor([[1, 70, 80, 90, 100]])
+    with torch.no_grad():
+        bare = tiny_llama.model(ids).logits
+        with apply_updates(tiny_llama.model, updates):
+            applied = tiny_llama.model(ids).logits
+        with attached(tiny_llama, updates):
+            through_peft = tiny_llama.model(ids).logits
+            read = read_updates(tiny_llama, [update.module for update in updates])
+        again = tiny_llama.model(ids).logits
+    assert torch.equal(bare, again)
+    torch.testing.assert_close(applied, through_peft, rtol=1e-5, atol=1e-6)
+    assert (applied - bare).abs().max() > 1e-3
+    for one, two in zip(updates, read, strict=True):
+        np.testing.assert_array_equal(one.lora_A, two.lora_A)
+        np.testing.assert_array_equal(one.lora_B, two.lora_B)
+    with pytest.raises(ZeroDivisionError), attached(tiny_llama, updates):
+        1 / 0  # noqa: B018
+    with torch.no_grad():
+        assert torch.equal(bare, tiny_llama.model(ids).logits)
+    assert not any(p.requires_grad for p in tiny_llama.model.parameters())
+
+
+def test_a_short_path_does_not_catch_a_longer_one(tmp_path) -> None:
+    """Layer 1 must not adapt layer 11 (PEFT matches names by their end)."""
+    from repair.models.loading import load_model
+    from tests.tiny import make_tiny_llama
+
+    folder = make_tiny_llama(tmp_path / "deep", num_layers=12)
+    loaded = load_model(str(folder), stage_folder=tmp_path / "stage", device="cpu")
+    refs = [r for r in loaded.modules if r.layer in (1, 11) and r.component == "down_proj"]
+    updates = tuple(
+        LowRankUpdate(
+            module=ref,
+            lora_A=np.ones((rank, ref.d_in), np.float32),
+            lora_B=np.ones((ref.d_out, rank), np.float32),
+        )
+        for ref, rank in zip(refs, (2, 3), strict=True)
+    )
+    with attached(loaded, updates):
+        for update in updates:
+            layer = loaded.model.get_submodule(update.module.path)
+            assert layer.lora_A["default"].weight.shape[0] == update.rank
+            assert layer.scaling["default"] == 1.0
+
+
+def test_distillation_improves_on_its_start(
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings
+) -> None:
+    ranks = some_ranks(tiny_llama)
+    start, _ = solve_closed_form(
+        tiny_llama, ranks, whitenings, lessons, kl_budget=0.05, num_iterations=1
+    )
+    before = measure_kl(tiny_llama, lessons.held_out_triggered, start) + measure_kl(
+        tiny_llama, lessons.held_out_clean, start
+    )
+    trained, kls = distill(
+        tiny_llama, start, whitenings, lessons, kl_budget=0.05, num_steps=20, seed=0,
+        validate_every=5,
+    )  # fmt: skip
+    assert sum(kls) <= before
+    assert kls[1] <= 0.025
+    assert {update.module.path: update.rank for update in trained} == ranks
+    assert kls[0] == pytest.approx(
+        measure_kl(tiny_llama, lessons.held_out_triggered, trained), rel=1e-5
+    )
+
+
+def test_resumed_training_is_bit_equal(
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings, tmp_path
+) -> None:
+    start = random_updates(tiny_llama, scale=0.01)
+    modules: list[ModuleRef] = [update.module for update in start]
+    path = tmp_path / "training.safetensors"
+    states = []
+
+    def train(resume=None):
+        found, _ = distill(
+            tiny_llama, start, whitenings, lessons, kl_budget=10.0, num_steps=9, seed=0,
+            validate_every=3, resume=resume, save=states.append,
+        )  # fmt: skip
+        return found
+
+    whole = train()
+    save_training(path, states[0], plan_id="this plan")
+    assert read_training(path, modules, plan_id="another plan") is None
+    resumed = train(read_training(path, modules, plan_id="this plan"))
+    for one, two in zip(whole, resumed, strict=True):
+        np.testing.assert_array_equal(one.lora_A, two.lora_A)
+        np.testing.assert_array_equal(one.lora_B, two.lora_B)
+
+
+def test_kept_updates_come_back_bit_equal(tiny_llama: LoadedModel, tmp_path) -> None:
+    updates = random_updates(tiny_llama)
+    modules = [update.module for update in updates]
+    path = tmp_path / "closed_form.safetensors"
+    save_updates(path, updates, plan_id="p")
+    found = read_updates_file(path, modules, plan_id="p")
+    assert found is not None
+    for one, two in zip(updates, found, strict=True):
+        np.testing.assert_array_equal(one.lora_B, two.lora_B)
+    assert read_updates_file(path, modules, plan_id="q") is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["closed_form.safetensors"]
