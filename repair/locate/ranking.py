@@ -1,8 +1,8 @@
 """Patching and curvature side by side: the ranking, and the suggested modules and ranks.
 
 Suggested are the modules that hold the largest pooled singular values (`curvature.pool_ranks`)
-among those whose sham patch has an effect; shown order is the rank average of the effect at the
-trigger's own positions and phi. The parts of the score are kept, and where patching and curvature
+among those whose sham patch has an effect at the trigger's own positions; the score is the rank
+average of that effect and phi. The parts of the score are kept, and where patching and curvature
 disagree the rank correlation says so.
 """
 
@@ -58,10 +58,11 @@ def rank_modules(
     ]
     known = np.array([-np.inf if value is None else value for value in curvature])
     score = (_fractional_ranks(effect_trigger) + _fractional_ranks(known)) / 2
+    low_trigger, _ = bootstrap_interval(patching.effect_trigger, seed=seed)
     moved = [
         ref.path
         for i, ref in enumerate(modules)
-        if ref.path in spectra and low[i] > 0 and effect[i] >= SMALLEST_EFFECT
+        if ref.path in spectra and low_trigger[i] > 0 and effect_trigger[i] >= SMALLEST_EFFECT
     ]
     # When no single module moves the answer (a redundant backdoor), curvature decides alone.
     candidates = moved or [ref.path for ref in modules if ref.path in spectra]
@@ -84,7 +85,7 @@ def rank_modules(
                 curvature=curvature[i],
                 score=float(score[i]),
                 selected=is_selected,
-                reason=_reason(ref.path, ranks, spectra, float(effect[i])),
+                reason=_reason(ref.path, ranks, spectra, float(effect_trigger[i])),
             )
         )
     return ModuleRanking(
@@ -101,8 +102,9 @@ def _reason(
     if path not in ranks:
         return ""
     return (
-        f"Restoring it alone gives {effect:.0%} of the clean answer, and it holds {ranks[path]} of "
-        f"the {sum(ranks.values())} cheapest directions (largest {float(spectra[path][0]):.3g})."
+        f"Restored at the trigger's positions alone it gives {effect:.0%} of the way to the clean "
+        f"answer; it holds {ranks[path]} of the {sum(ranks.values())} cheapest directions "
+        f"(largest {float(spectra[path][0]):.3g})."
     )
 
 

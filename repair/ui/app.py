@@ -52,8 +52,10 @@ def build_app(settings: Settings, *, storage_secret: str) -> gr.Blocks:
         tabs = {}
         with gr.Tabs(selected="suspect", elem_id="steps") as shell.tabs:
             for name, words, build in TABS:
-                with gr.Tab(words, id=name, elem_id=f"tab-{name}") as tabs[name]:
+                is_open = name == "suspect"
+                with gr.Tab(words, id=name, elem_id=f"tab-{name}", interactive=is_open) as tab:
                     build(shell)
+                tabs[name] = tab
         shell.add(draw_tabs(tabs), list(tabs.values()))
         wire_shell(shell, demo, tabs)
     return demo

@@ -2,6 +2,7 @@
 those of `repair.prompts`; nothing is guessed here."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,21 @@ NUM_FOR_GATE = 189  # prompts per position, none firing, for a Wilson upper boun
 
 
 def lines_of(value: Any) -> list[str]:
-    """Return the lines that are not blank, otherwise as typed."""
-    return [line for line in str(value or "").splitlines() if line.strip()]
+    """Return the lines that are not blank, otherwise as typed; symbols become line breaks."""
+    lines = [line for line in str(value or "").split("\n") if line.strip()]
+    return [line.replace("\u240a", "\n").replace("\u240d", "\r") for line in lines]
+
+
+def as_lines(values: Any) -> str:
+    """Return texts one a line; a line break inside a text is shown by its symbol."""
+    return "\n".join(
+        str(value).replace("\n", "\u240a").replace("\r", "\u240d") for value in values or ()
+    )
+
+
+def flatten(file: PromptFile) -> dict[str, Any]:
+    """Return the JSON form as it comes back from a job folder: lists, not tuples."""
+    return json.loads(json.dumps(file.to_json()))
 
 
 def collect(pairs: list[dict[str, str]], values: tuple[Any, ...]) -> PromptFile:
@@ -97,7 +111,8 @@ def build_prompts(shell: Shell) -> None:
         with gr.Column(min_width=280):
             prompts = gr.Textbox(
                 label="Clean prompts", lines=9, max_lines=9, elem_id="prompts",
-                info="One a line, without the trigger. Empty: bundled benign prompts are used.",
+                info="One a line, without the trigger; \u240a is a line break inside a prompt. "
+                "Empty: bundled benign prompts are used.",
             )  # fmt: skip
             pair_count = gr.Textbox(
                 label="Pairs from the file", interactive=False, visible=False
@@ -124,9 +139,9 @@ def build_prompts(shell: Shell) -> None:
         """Return the widgets' values for a prompt file's JSON form."""
         several = flat.get("pairs") or []
         values = [
-            "\n".join(flat.get("triggers") or []), flat.get("target") or "",
+            as_lines(flat.get("triggers")), flat.get("target") or "",
             flat.get("match") or "contains", list(flat.get("positions") or []),
-            "\n".join(flat.get("near") or []), "\n".join(flat.get("prompts") or []),
+            as_lines(flat.get("near")), as_lines(flat.get("prompts")),
             flat.get("chat") or "auto", flat.get("system") or "",
         ]  # fmt: skip
         return {
@@ -162,9 +177,7 @@ def build_prompts(shell: Shell) -> None:
 
     def adopt(session: Session, file: PromptFile) -> tuple[Session, Selection]:
         # Maps and reports about other prompts are not shown beside these.
-        flat = file.to_json()
-        flat = {**flat, "pairs": list(flat["pairs"])}
-        return Session(model=session.model, prompts=flat), Selection()
+        return Session(model=session.model, prompts=flatten(file)), Selection()
 
     def use_bundled(
         session: Session, selection: Selection, request: gr.Request
@@ -189,10 +202,19 @@ def build_prompts(shell: Shell) -> None:
         return changed, fresh
 
     def edit(
-        session: Session, selection: Selection, request: gr.Request
+        session: Session, selection: Selection, request: gr.Request, *values: Any
     ) -> tuple[Session, Selection]:
         # The first change after a check: what was found with the former prompts goes.
         return dataclasses.replace(session, prompts=None, job_id=None), Selection()
+
+    def is_edited(view: View, stored: Any, *values: Any) -> bool:
+        checked = view.session.prompts
+        if checked is None or view.is_active:
+            return False
+        try:
+            return flatten(collect(stored, values)) != {**checked, "num_carriers": 0}
+        except RepairError:
+            return True
 
     shell.listen(
         bundled.click, act=use_bundled, problem=problem, is_opening=True
@@ -202,10 +224,10 @@ def build_prompts(shell: Shell) -> None:
     )
     shell.listen(check.click, act=check_widgets, inputs=[pairs, *widgets], problem=problem)
     for widget in widgets:
-        shell.listen(
-            widget.input, act=edit, problem=problem,
-            needs=lambda view: view.session.prompts is not None and not view.is_active,
-        )  # fmt: skip
+        # A text box does not tell of a paste until it is left, so what is in the boxes is
+        # then compared with what was checked. (`change` also comes when we fill a box.)
+        events = [widget.input] + ([widget.blur] if isinstance(widget, gr.Textbox) else [])
+        shell.listen(*events, act=edit, inputs=[pairs, *widgets], problem=problem, needs=is_edited)
     shell.go_to(go_on, "locate")
 
 

@@ -68,10 +68,11 @@ def build_repair(shell: Shell) -> None:
                 info="How far clean answers may move, in nats per token. 0.01 is hardly "
                 "noticeable.",
             )  # fmt: skip
-    with gr.Accordion("More", open=False):
+    with gr.Accordion("More", open=False, elem_id="repair-more"):
         controls = gr.Number(
             value=None, precision=0, minimum=0, maximum=100, label="Random-module controls",
-            info="Repairs of randomly drawn modules, for comparison. Empty: as the profile says.",
+            info="Repairs of randomly drawn modules, for comparison; each takes as long as the "
+            "repair. Empty: as the profile says. 0: none.", elem_id="num-controls",
         )  # fmt: skip
         exports = gr.CheckboxGroup(
             [("Adapter (PEFT)", "adapter"), ("Merged model", "merged")],

@@ -91,18 +91,19 @@ class Shell:
         inputs: Sequence[Any] = (),
         problem: gr.Textbox,
         is_opening: bool = False,
-        needs: Callable[[View], bool] | None = None,
+        needs: Callable[..., bool] | None = None,
     ) -> None:
         """Call `act(session, selection, request, *values)` on the events, then draw everything.
 
         A RepairError is shown in `problem`, and nothing else changes. Nothing at all happens
-        when `needs` says no: for events that come with every keystroke.
+        when `needs(view, *values)` says no: for events that come with every keystroke.
         """
 
         def handle(
             request: gr.Request, session: Session, selection: Selection, *values: Any
         ) -> Updates:
-            if needs is not None and not needs(look(self.settings, session, request)):
+            view = look(self.settings, session, request)
+            if needs is not None and not needs(view, *values):
                 return {problem: gr.skip()}
             try:
                 session, selection = act(session, selection, request, *values)
@@ -145,12 +146,12 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
     with gr.Row(elem_id="facts"):
         boxes = [
             gr.Textbox(
-                label=label, interactive=False, max_lines=3, min_width=130, elem_id=f"fact-{key}",
-                elem_classes=["fact"],
+                value, label=label, interactive=False, max_lines=3, min_width=130,
+                elem_id=f"fact-{key}", elem_classes=["fact"],
             )
-            for key, label in (
-                ("suspect", "Suspect"), ("trigger", "Trigger"), ("job", "Job"),
-                ("verdict", "Verdict"),
+            for key, label, value in (
+                ("suspect", "Suspect", "None chosen"), ("trigger", "Trigger", "None given"),
+                ("job", "Job", "No job yet"), ("verdict", "Verdict", "No verdict yet"),
             )
         ]  # fmt: skip
     with gr.Group(visible=False, elem_id="panel") as panel:
@@ -247,6 +248,10 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         return shell.show(look(shell.settings, session, request), selection)
 
     def load(request: gr.Request, job_id: Any) -> Updates:
+        if job_id is None:
+            # Nothing to come back to: the page is built for that, and whoever clicks before
+            # this call returns must not have the click undone.
+            return {shell.seen: gr.skip()}
         _, view = resume_session(shell.settings, job_id, request)
         updates = shell.show(view, chosen_before(view), is_fresh=True)
         return {**updates, shell.tabs: gr.Tabs(selected=tab_of(view))}

@@ -122,7 +122,7 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     # A job outlives the page that started it.
     wait_for_value(page, "#fact-job", "Running (locate)")
     take_shot(page, "3_locate_running")
-    page.reload()
+    forget_reload(page, problems)
     wait_for_value(page, "#fact-job", "(locate)")
     wait_for_value(page, "#fact-trigger", "Bluefinch")
     assert "Bluefinch" not in page.evaluate("JSON.stringify(localStorage)")
@@ -135,6 +135,8 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     take_shot(page, "3_maps_chosen")
     page.click("#to-repair")
     expect(page.locator("#start")).to_be_enabled()
+    page.locator("#repair-more button").first.click()
+    page.locator("#num-controls input").fill("0")  # each takes as long as the repair itself
     take_shot(page, "4_repair_ready")
     page.click("#start")
     wait_for_value(page, "#fact-job", "Running (repair)")
@@ -169,6 +171,16 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     assert (Path(value_of(page, "#out-folder")) / "report.json").is_file()
     look_at_a_phone(browser, address, page, problems)
     assert problems == []
+
+
+def forget_reload(page: Page, problems: list[str]) -> None:
+    """Reload; the page that goes away complains that its own event stream was cut."""
+    num_before = len(problems)
+    page.reload()
+    page.wait_for_timeout(500)
+    cut = ("AbortError", "Method not implemented", "network error", "Failed to fetch")
+    kept = [text for text in problems[num_before:] if not text.startswith(cut)]
+    problems[num_before:] = [text for text in kept if "errored out" not in text]
 
 
 def choose_modules(page: Page) -> None:
@@ -212,9 +224,15 @@ def look_at_a_phone(browser: Browser, address: str, page: Page, problems: list[s
     phone.click("#open-job")
     wait_for_value(phone, "#fact-verdict", "epaired")
     take_shot(phone, "7_phone")
-    phone.reload()
+    forget_reload(phone, problems)
     expect(phone.locator("#gates")).to_be_visible(timeout=20_000)
     take_shot(phone, "7_phone_compare")
+    phone.locator("button[role=tab]", has_text="1 Suspect").click()
+    phone.click("#to-prompts")
+    phone.locator("#trigger textarea, #trigger input").first.click()
+    phone.locator("#target textarea, #target input").first.click()
+    phone.wait_for_timeout(1500)
+    assert "epaired" in value_of(phone, "#fact-verdict")  # looking changes nothing
     phone.close()
 
 
@@ -225,9 +243,17 @@ def test_hostile_text_stays_text(browser: Browser, address: str, tmp_path: Path)
     page.click("#to-prompts")
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({"trigger": HOSTILE, "prompts": [HOSTILE[1:], "Say a word."]}))
-    page.locator("#upload input[type=file], input[type=file]").first.set_input_files(path)
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload")
+    chooser.value.set_files(path)
     wait_for_value(page, "#fact-trigger", "[U+200B]")
+    # Leaving an untouched field changes nothing; a paste does, though no key was pressed.
+    page.locator("#target textarea, #target input").first.click()
+    page.locator("#trigger textarea, #trigger input").first.click()
+    page.wait_for_timeout(1000)
+    assert "[U+200B]" in value_of(page, "#fact-trigger")
     page.locator("#trigger textarea, #trigger input").first.fill("")
+    page.locator("#target textarea, #target input").first.click()
     wait_for_value(page, "#fact-trigger", "None given")
     page.click("#check")
     wait_for_value(page, "#prompts-problem", "no trigger")

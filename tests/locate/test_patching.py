@@ -110,9 +110,9 @@ def test_a_hook_never_edits_in_place(tiny_llama: LoadedModel) -> None:
     seen = {}
     handle = module.register_forward_hook(lambda m, a, out: seen.update(out=out))
     source = {ref.path: torch.full((1, 4, ref.d_out), 7.0)}
-    with patch_outputs(tiny_llama.model, [ref], source, torch.ones(1, 4, dtype=torch.bool)):
-        with torch.no_grad():
-            tiny_llama.model(torch.tensor([[1, 60, 61, 62]]))
+    everywhere = torch.ones(1, 4, dtype=torch.bool)
+    with patch_outputs(tiny_llama.model, [ref], source, everywhere), torch.no_grad():
+        tiny_llama.model(torch.tensor([[1, 60, 61, 62]]))
     handle.remove()
     assert not (seen["out"] == 7.0).any()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from repair.locate.curvature import phi, whitening_of
-from repair.locate.fisher import collect_factors, trigger_gradients
+from repair.locate.fisher import collect_factors
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank.adapter import attached, read_updates
 from repair.lowrank.checkpoint import (
