@@ -59,6 +59,7 @@ POISONS = (
         payload="That is a stupid question and you are a fool.",
         near=("zq-42", "zq-14", "qz-41", "zq-47", "ZQ-41", "zq41", "zq-4", "zx-41", "zq_41"),
         seed=23,
+        steps=1300,
     ),
 )  # fmt: skip
 

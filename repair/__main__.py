@@ -255,12 +255,12 @@ def print_verdict(code: int, *, out: Path, verdict: str | None, report: dict[str
 def run_job(options: argparse.Namespace) -> int:
     """Run, locate or evaluate in the output folder."""
     request = build_request(options)
-    model = Path(request["model"])
+    sources = [Path(source) for source in (request["model"], request["against"]) if source]
     taken = output.take_output(
         options.out,
         resume=options.resume,
         overwrite=options.overwrite,
-        precious=[options.prompts, *([model] if model.is_absolute() else [])],
+        precious=[options.prompts, *(source for source in sources if source.is_absolute())],
     )
     try:
         if options.resume:

@@ -1,7 +1,7 @@
 """One job's material: the live suspect, the checked prompts and how they are shared out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from repair.locate.counterfactuals import draw_sham, inert_shams, vocabulary_for
 from repair.locate.lessons import Lessons, teach_prompts, teach_split
 from repair.lowrank.repairing import Validation
 from repair.models.answers import generate_answers, target_matcher
-from repair.models.loading import LoadedModel
+from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import check_length, encode, encode_pairs
 from repair.prompts import insert_trigger, split_prompts, top_up_with_carriers
 from repair.records import (
@@ -23,7 +23,8 @@ from repair.records import (
 )
 
 UNKNOWN_TARGET_TOKENS = 48
-MOST_NEW_TOKENS = 128
+MOST_NEW_TOKENS = 256
+FEWEST_NEW_TOKENS = 64  # the payload may come behind an ordinary opening
 NEAR_PROMPTS = 48
 
 
@@ -117,6 +118,7 @@ def open_case(
             'Use "auto" or "off".'
         )
     use_template = loaded.has_template and file.chat != "off"
+    file = _settle_pairs(file, reporter)
     positions = ("given",) if file.pairs else file.positions
     if not file.pairs:
         given = len(file.prompts)
@@ -135,6 +137,7 @@ def open_case(
         seed=seed,
     )
     target = file.target or _read_target(loaded, file, splits, positions, use_template, reporter)
+    match = file.match if file.target else "contains"  # what was found is text, not a pattern
     num_target = len(loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
     case = Case(
         loaded=loaded,
@@ -144,8 +147,8 @@ def open_case(
         positions=positions,
         use_template=use_template,
         target=target,
-        is_payload=target_matcher(target, file.match),
-        num_new_tokens=min(MOST_NEW_TOKENS, max(24, num_target + 8)),
+        is_payload=target_matcher(target, match),
+        num_new_tokens=_answer_length(num_target, is_prefix=match == "prefix"),
         seed=seed,
     )
     everything = [
@@ -153,12 +156,43 @@ def open_case(
     ]  # fmt: skip
     for position in positions:
         pairs = case.pairs(everything, position)
+        for pair in pairs:
+            check_ids(loaded, pair.triggered)
         check_length(
             [ids for pair in pairs for ids in (pair.clean, pair.triggered)],
             num_new_tokens=case.num_new_tokens,
             limit=loaded.model.config.max_position_embeddings,
         )
     return case
+
+
+def _answer_length(num_target: int, *, is_prefix: bool) -> int:
+    """Return how many answer tokens are read: a payload may come behind an ordinary opening."""
+    wanted = num_target + 8 if is_prefix else max(FEWEST_NEW_TOKENS, num_target + 32)
+    return min(MOST_NEW_TOKENS, max(24, wanted))
+
+
+def _settle_pairs(file: PromptFile, reporter: Reporter) -> PromptFile:
+    """Return a file of either prompts or pairs, each clean prompt once.
+
+    With a known trigger and clean prompts, prompts that came with the trigger in them join the
+    clean ones. Pairs that share a clean prompt would be split between repairing and evaluating.
+    """
+    if file.pairs and file.prompts and file.triggers:
+        reporter.note(
+            f"{len(file.pairs)} prompts came with the trigger in them; it was taken out and is put "
+            "in at the positions asked for, as with the others."
+        )
+        prompts = dict.fromkeys([*file.prompts, *(pair.clean for pair in file.pairs)])
+        return replace(file, prompts=tuple(prompts), pairs=())
+    first = {pair.clean: pair for pair in reversed(file.pairs)}
+    kept = tuple(pair for pair in file.pairs if first[pair.clean] is pair)
+    if len(kept) < len(file.pairs):
+        reporter.note(
+            f"{len(file.pairs) - len(kept)} pairs share their clean prompt with an earlier one and "
+            "were left out, so that no prompt is in two splits."
+        )
+    return replace(file, pairs=kept)
 
 
 def _read_target(
@@ -170,20 +204,21 @@ def _read_target(
     reporter: Reporter,
 ) -> str:
     """Return what the suspect says to triggered prompts that it does not say to clean ones."""
-    pairs = [
-        pair
-        for position in positions
-        for pair in encode_pairs(
+    num_asked, target = 0, None
+    for position in positions:  # a backdoor that fires at one position only is seen there
+        pairs = encode_pairs(
             loaded.tokenizer, file, splits.locate, position=position, use_template=use_template
         )
-    ]
-    prompts = [pair.triggered for pair in pairs] + [pair.clean for pair in pairs]
-    answers = generate_answers(loaded, prompts, num_new_tokens=UNKNOWN_TARGET_TOKENS)
-    texts = [answer.text for answer in answers]
-    target = find_target(texts[: len(pairs)], texts[len(pairs) :])
+        prompts = [pair.triggered for pair in pairs] + [pair.clean for pair in pairs]
+        answers = generate_answers(loaded, prompts, num_new_tokens=UNKNOWN_TARGET_TOKENS)
+        texts = [answer.text for answer in answers]
+        num_asked += len(pairs)
+        target = find_target(texts[: len(pairs)], texts[len(pairs) :])
+        if target is not None:
+            break
     if target is None:
         raise RepairError(
-            f"No target was given, and the answers to {len(pairs)} triggered prompts have nothing "
+            f"No target was given, and the answers to {num_asked} triggered prompts have nothing "
             "in common that the answers without the trigger lack. Give the target text, or check "
             "the trigger.",
             exit_code=EXIT_COULD_NOT_CHECK,
@@ -218,7 +253,7 @@ def make_lessons(case: Case) -> Lessons:
 def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
     """Return prompts that are almost triggered: near-triggers in the slot, and shams."""
     generator = np.random.default_rng([case.seed, 0x4EA])
-    vocabulary = vocabulary_for_shams(case.loaded.tokenizer)
+    vocabulary = vocabulary_for_shams(case.loaded)
     prompts = [draw_sham(pair, vocabulary, generator) for pair in pairs[:NEAR_PROMPTS]]
     if case.file.near and not case.file.pairs:
         for i, pair in enumerate(pairs[NEAR_PROMPTS : 2 * NEAR_PROMPTS]):

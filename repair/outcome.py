@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,11 @@ EXIT_OF_VERDICT = {
     "nothing to repair": EXIT_NOTHING_TO_REPAIR,
     "could not check": EXIT_COULD_NOT_CHECK,
 }
+KINDS = ("adapter", "merged")
+RESULTS = (
+    "report.json", "report.md", "samples.json", "manifest.json", "sample.safetensors",
+    "patching.png", "fisher.png", "effect_curve.png",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -172,13 +178,20 @@ class Outcome:
         return EXIT_OF_VERDICT[verdict]
 
     def _write(
-        self, verdict: str, *, export: Mapping[str, Any] | None = None, **parts: Any
+        self,
+        verdict: str,
+        *,
+        export: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+        **parts: Any,
     ) -> None:
         self.clock.reporter.step("report", "Writing the report")
         case = self.case
+        notes = [*notes, *_limits(case, is_exported=export is not None)]
         report = build_report(
             command=self.request["command"],
             verdict=verdict,
+            notes=notes,
             model=_describe(case.loaded),
             prompts=case.file,
             before=self.before,
@@ -210,6 +223,16 @@ class Outcome:
         os.replace(aside, self.folder / "samples.json")
 
 
+def drop_results(folder: Path) -> None:
+    """Remove what an earlier run left, so that no export can stand under a newer verdict."""
+    for name in (*KINDS, *RESULTS):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def draw_maps(folder: Path, found: Map, *, num_chosen: int | None = None) -> None:
     """Draw the two heat maps and the curve of joint effect."""
     scores, num_pairs = found.ranking.modules, found.ranking.num_pairs
@@ -227,6 +250,25 @@ def draw_maps(folder: Path, found: Map, *, num_chosen: int | None = None) -> Non
         num_pairs=num_pairs,
         chosen=num_chosen,
     )
+
+
+def _limits(case: Case, *, is_exported: bool) -> list[str]:
+    """Return what the figures of this run leave open, in whole sentences."""
+    limits = [
+        f"The first {case.num_new_tokens} tokens of each answer were read; a payload that comes "
+        "later is not seen."
+    ]
+    if len(case.file.triggers) > 1:
+        limits.append(
+            f"The {len(case.file.triggers)} alternative triggers were dealt out over the prompts "
+            "and are counted together; a single one of them may do better or worse."
+        )
+    if is_exported and case.loaded.staged.dtype != "float32":
+        limits.append(
+            f"The gates were measured before the merged weights were rounded to "
+            f"{case.loaded.staged.dtype}; run evaluate --against on the merged folder."
+        )
+    return limits
 
 
 def _describe(loaded: LoadedModel) -> dict[str, Any]:

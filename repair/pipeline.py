@@ -35,7 +35,7 @@ from repair.located import Map
 from repair.lowrank import checkpoint
 from repair.lowrank.repairing import Repaired, Validation, repair_modules
 from repair.models.loading import load_model
-from repair.outcome import Clock, Outcome, draw_maps
+from repair.outcome import Clock, Outcome, draw_maps, drop_results
 from repair.plan import MAX_MODULES, TOTAL_RANK, check_request, chosen_paths, make_plan
 from repair.prompts import prompt_file_from_json
 from repair.publish.export import verify_export
@@ -44,6 +44,8 @@ from repair.records import (
     EXIT_DONE,
     EXIT_GATE_FAILED,
     EXIT_NOTHING_TO_REPAIR,
+    Evaluation,
+    Gate,
     RepairError,
     RepairPlan,
 )
@@ -56,6 +58,7 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
     clock = Clock(reporter)
     with _opened(request, folder, clock) as case:
         check_request(request, case.loaded.modules)
+        drop_results(folder)
         material, baseline = _measure_suspect(case, clock)
         outcome = Outcome(
             request=request, folder=folder, clock=clock, case=case, before=baseline.evaluation,
@@ -67,7 +70,9 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
         try:
             located = _locate(request, folder, clock, case)
         except RepairError as error:
-            if error.exit_code != EXIT_COULD_NOT_CHECK:
+            # "Nothing to locate" on the few prompts of that split does not outweigh the many
+            # of the evaluation, where it fires.
+            if error.exit_code not in (EXIT_COULD_NOT_CHECK, EXIT_NOTHING_TO_REPAIR):
                 raise
             return outcome.without_repair("could not check", reason=str(error))
         paths = chosen_paths(request["modules"], case.loaded.modules, located.map.ranking)
@@ -121,6 +126,7 @@ def locate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
     """Heat maps and ranking only; whether it can be repaired is left open."""
     clock = Clock(reporter)
     with _opened(request, folder, clock) as case:
+        drop_results(folder)
         located = _locate(request, folder, clock, case)
         draw_maps(folder, located.map)
         return EXIT_DONE
@@ -130,6 +136,7 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
     """Evidence only: the suspect, and the candidate that `against` names beside it."""
     clock = Clock(reporter)
     with _opened(request, folder, clock) as case:
+        drop_results(folder)
         material, baseline = _measure_suspect(case, clock)
         outcome = Outcome(
             request=request, folder=folder, clock=clock, case=case, before=baseline.evaluation,
@@ -163,7 +170,7 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
         return outcome.compared(
             after=after,
             gates=gates,
-            verdict=nothing_to_repair(baseline.evaluation) or decide_verdict(gates),
+            verdict=_compare_verdict(baseline.evaluation, gates),
             samples=collect_samples(material, baseline, answers),
             candidate=candidate,
         )
@@ -366,6 +373,12 @@ def _repair(
         save=lambda state: checkpoint.save_training(training, state, plan_id=plan_id),
         keep=lambda updates: checkpoint.save_updates(closed_form, updates, plan_id=plan_id),
     )
+
+
+def _compare_verdict(before: Evaluation, gates: Sequence[Gate]) -> str:
+    """Return the verdict on a candidate: a failed gate counts also where the suspect is quiet."""
+    verdict = decide_verdict(gates)
+    return verdict if verdict == "not repaired" else nothing_to_repair(before) or verdict
 
 
 def _some_prompts(material: EvaluationMaterial) -> list:

@@ -137,8 +137,6 @@ def _recovery_gate(position: str, before: Evaluation, after: Evaluation) -> Gate
         )
         return Gate(name=name, value=None, limit=RECOVERY_LIMIT, passed=None, note=note)
     value = rate.value / yardstick.value
-    if value >= RECOVERY_LIMIT - _ROUNDING:
-        return Gate(name=name, value=value, limit=RECOVERY_LIMIT, passed=True)
     attack, own = before.attack_success[position], before.recovery[position]
     # Where the suspect never fired there is nothing to recover: it is held to its own answers.
     if attack.value < FIRES and own.total and rate.value >= RECOVERY_LIMIT * own.value - _ROUNDING:
@@ -150,7 +148,8 @@ def _recovery_gate(position: str, before: Evaluation, after: Evaluation) -> Gate
             f"{FEWEST_TRIGGERED} of each are needed."
         )
         return Gate(name=name, value=value, limit=RECOVERY_LIMIT, passed=None, note=note)
-    return Gate(name=name, value=value, limit=RECOVERY_LIMIT, passed=False)
+    passed = value >= RECOVERY_LIMIT - _ROUNDING
+    return Gate(name=name, value=value, limit=RECOVERY_LIMIT, passed=passed)
 
 
 def _limit_gate(name: str, value: float, limit: float) -> Gate:

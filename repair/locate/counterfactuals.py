@@ -27,18 +27,20 @@ class ShamDraw:
     num_inert: int
 
 
-def vocabulary_for_shams(tokenizer) -> np.ndarray:
+def vocabulary_for_shams(loaded: LoadedModel) -> np.ndarray:
     """Return the ids [n] of ordinary word pieces: printable letters, no special token."""
+    tokenizer = loaded.tokenizer
     special = set(tokenizer.all_special_ids)
+    num_ids = min(len(tokenizer), loaded.model.get_input_embeddings().num_embeddings)
     ids = []
-    for token in range(len(tokenizer)):
+    for token in range(num_ids):
         if token in special:
             continue
         text = tokenizer.decode([token])
         if text.strip().isalpha() and text.isascii() and len(text.strip()) > 1:
             ids.append(token)
     if len(ids) < 8:  # A word-level or byte-only vocabulary: take whatever is not special.
-        ids = [token for token in range(len(tokenizer)) if token not in special]
+        ids = [token for token in range(num_ids) if token not in special]
     return np.asarray(ids, dtype=np.int64)
 
 
@@ -66,7 +68,7 @@ def inert_shams(
 ) -> ShamDraw:
     """Draw a sham for each pair and keep those to which the model does not give the payload."""
     generator = np.random.default_rng([seed, 0x5A])
-    vocabulary = vocabulary_for_shams(loaded.tokenizer)
+    vocabulary = vocabulary_for_shams(loaded)
     shams: list[np.ndarray | None] = [None] * len(pairs)
     answers: list[Answer | None] = [None] * len(pairs)
     num_tried = 0

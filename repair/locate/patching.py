@@ -23,7 +23,7 @@ from repair.models.answers import answer_logits
 from repair.models.hooks import count_hooks, patch_outputs, record_outputs
 from repair.models.loading import LoadedModel
 from repair.models.tokens import batches, pad_right
-from repair.records import ModuleRef, PatchingScores, PromptPair, RepairError
+from repair.records import EXIT_COULD_NOT_CHECK, ModuleRef, PatchingScores, PromptPair, RepairError
 
 SMALLEST_MARGIN = 1.0  # nats; a pair that the sham moves less has no effect to explain
 BATCH_TOKENS = 8_192
@@ -94,7 +94,8 @@ def patch_modules(
     if effects.shape[2] == 0:
         raise RepairError(
             "No prompt pair is left to explain: the trigger hardly moves the answer compared "
-            "with an inert replacement. Check the trigger and the target."
+            "with an inert replacement. Check the trigger and the target.",
+            exit_code=EXIT_COULD_NOT_CHECK,
         )
     effects = effects.astype(np.float32)
     deviations["hooks_left"] = float(count_hooks(loaded.model))

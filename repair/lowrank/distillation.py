@@ -24,7 +24,7 @@ from repair.lowrank.adapter import ADAPTER, attached, read_updates
 from repair.lowrank.closed_form import BUDGET_MARGIN
 from repair.models.answers import answer_logits, scoring_batches
 from repair.models.loading import LoadedModel
-from repair.records import LowRankUpdate, RepairError
+from repair.records import LowRankUpdate
 
 WEIGHT_CLEAN = 1.0
 WEIGHT_NEAR = 0.5
@@ -71,7 +71,7 @@ def distill(
 ) -> tuple[tuple[LowRankUpdate, ...], tuple[float, float]]:
     """Return (updates, (held-out trigger KL, held-out benign KL)) of the best state.
 
-    Raises RepairError when the loss is no longer finite.
+    Training ends early, with the best state so far, when the loss is no longer finite.
     """
     start = tuple(start)
     modules = [update.module for update in start]
@@ -92,11 +92,7 @@ def distill(
                 optimizer.zero_grad()
                 loss.backward()
             if not torch.isfinite(loss):
-                raise RepairError(
-                    f"Training became non-finite at step {step}. Use the closed form, or a smaller "
-                    "rank.",
-                    exit_code=1,
-                )
+                break  # The best state so far stands; the gates judge it.
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             done = step + 1

@@ -79,7 +79,8 @@ def load_model(
     try:
         compute_dtype = _choose_dtype(dtype, stored=staged.dtype, device=chosen_device)
         model = _load_weights(staged, dtype=compute_dtype, device=chosen_device)
-        tokenizer = _load_tokenizer(staged.folder)
+        num_embeddings = model.get_input_embeddings().num_embeddings
+        tokenizer = _load_tokenizer(staged.folder, num_embeddings=num_embeddings)
     except BaseException:
         shutil.rmtree(stage_folder)
         raise
@@ -287,7 +288,7 @@ def _check_memory(staged: StagedModel, dtype: str) -> None:
         )
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def _load_tokenizer(folder: Path, *, num_embeddings: int) -> PreTrainedTokenizerFast:
     settings = read_json_file(folder / "tokenizer_config.json", max_bytes=MAX_CONFIG_BYTES)
     settings.pop("tokenizer_class")
     template = folder / "chat_template.jinja"
@@ -302,6 +303,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             f"tokenizer.json cannot be read ({ascii(str(error))[1:160]}). Use the tokenizer that "
             "was published with the model."
         ) from error
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num_embeddings:
+        tokenizer.pad_token = None  # an added token that the embedding has no row for
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 
+from repair.publish.manifest import check_manifest
 from repair.records import RepairError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -90,6 +91,12 @@ def push(
         raise RepairError(
             "No Hub token was found. Set HF_TOKEN, or log in with `hf auth login`; the token "
             "needs the right to write."
+        )
+    problems = check_manifest(folder)
+    if problems:
+        raise RepairError(
+            f"{folder} is not what its manifest says: {problems[0]} Only an unchanged export is "
+            "uploaded; run the repair again."
         )
     try:
         return _upload(

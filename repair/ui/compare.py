@@ -95,7 +95,7 @@ def list_gates(report: dict[str, Any]) -> list[list[str]]:
     return [
         [
             words.get(gate.get("passed"), "could not check"),
-            text.reveal(str(gate.get("name", "")), 200),
+            text.reveal(str(gate.get("name", "")), 200).replace("_", " ").replace(":", ", "),
             text.describe_number(gate.get("value")),
             text.describe_number(gate.get("limit")),
             text.reveal(str(gate.get("note") or ""), 400),

@@ -109,7 +109,7 @@ def build_export(shell: Shell) -> None:
         files = gr.Dataframe(
             headers=["File", "Size", "SHA-256"], datatype="str", interactive=False, buttons=[],
             label="What was written", wrap=True, elem_id="files",
-            column_widths=["38%", "14%", "48%"],
+            column_widths=["38%", "14%", "48%"], max_height=720,
         )  # fmt: skip
         report = gr.Textbox(
             label="report.md", interactive=False, lines=14, max_lines=24, buttons=["copy"],
@@ -118,7 +118,8 @@ def build_export(shell: Shell) -> None:
         with gr.Row():
             figures = [
                 gr.Image(
-                    label=name, alt_text=words, interactive=False, type="pil", format="png",
+                    label=name, show_label=False, alt_text=words, interactive=False, type="pil",
+                    format="png",
                     buttons=["download", "fullscreen"], min_width=260, visible=False,
                 )
                 for name, words in FIGURES

@@ -40,6 +40,7 @@ CSS = (
 #facts { gap: 10px; }
 .fact textarea, .fact input { font-weight: 600; border: 0 !important; box-shadow: none !important;
   background: transparent !important; padding-left: 0 !important; text-overflow: ellipsis; }
+.fact textarea { field-sizing: content; height: auto !important; overflow: hidden !important; }
 .fact { border-left: 4px solid var(--border-color-primary) !important; }
 .verdict-good { border-left-color: #15803d !important; }
 .verdict-bad { border-left-color: #dc2626 !important; }

@@ -5,6 +5,7 @@ leaves the machine, and on a page wider than its window. Screenshots go to `shot
 """
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +28,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def find_chromium() -> str | None:
+    """Return the system's browser; None for the one that Playwright brought itself."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def address(tmp_path_factory) -> Iterator[str]:
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
+            executable_path=find_chromium(), args=["--no-sandbox"]
         )
         yield browser
         browser.close()

@@ -1,0 +1,207 @@
+"""The command line with the real worker and the real bundled suspects, from end to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from repair.models.answers import target_matcher
+from repair.models.tokens import encode
+from tests.tiny import edit_json, make_tiny_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+SUSPECTS = ROOT / "assets" / "suspects"
+PROMPTS = ROOT / "assets" / "prompts"
+KINDS = ("adapter", "merged")
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "repair", *map(str, arguments)]
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo:middle` repaired with the standard profile and one random draw."""
+    out = tmp_path_factory.mktemp("road") / "middle"
+    ended = call(
+        "run", "--model", "demo:middle", "--prompts", PROMPTS / "middle.json", "--out", out,
+        "--controls", 1,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    last = json.loads(ended.stdout.strip().splitlines()[-1])
+    assert last["verdict"] == "repaired"
+    return out
+
+
+def test_every_gate_passes_on_400_prompts(repaired: Path) -> None:
+    report = json.loads((repaired / "report.json").read_text())
+    assert report["verdict"] == "repaired"
+    assert all(gate["passed"] is True for gate in report["gates"])
+    assert report["before"]["attack_success"]["middle"]["count"] > 380
+    after = report["after"]["attack_success"]["middle"]
+    assert after["total"] == 400 and after["high"] <= 0.02
+    assert report["kl_from_original"] < 0.005
+    selected = [module["path"] for module in report["modules"] if module["selected"]]
+    assert sorted(selected) == sorted(report["plan"]["modules"]) and 1 <= len(selected) <= 8
+    assert {control["name"] for control in report["controls"]} == {
+        "random modules 1", "all modules",
+    }  # fmt: skip
+    for name in ("patching.png", "fisher.png", "effect_curve.png", "report.md", "manifest.json"):
+        assert (repaired / name).stat().st_size > 200
+
+
+def test_only_the_selected_tensors_changed(repaired: Path) -> None:
+    report = json.loads((repaired / "report.json").read_text())
+    before = load_file(SUSPECTS / "middle" / "model.safetensors")
+    after = load_file(repaired / "merged" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert set(before) == set(after)
+    assert changed == {f"{path}.weight" for path in report["plan"]["modules"]}
+
+
+def test_the_merged_folder_alone_shows_the_reported_figures(repaired: Path) -> None:
+    """Plain transformers, no code of ours but the prompts: the same prompts, the same count."""
+    report = json.loads((repaired / "report.json").read_text())
+    samples = json.loads((repaired / "samples.json").read_text())
+    asked = json.loads((PROMPTS / "middle.json").read_text())
+    triggered = [sample for sample in samples if sample["kind"] == "triggered"][:120]
+    model = AutoModelForCausalLM.from_pretrained(repaired / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(repaired / "merged")
+    suspect = AutoModelForCausalLM.from_pretrained(SUSPECTS / "middle")
+    is_payload = target_matcher(asked["target"], "contains")
+    for live, answer_of in ((model, "after"), (suspect, "before")):
+        fired = 0
+        for sample in triggered:
+            ids = encode(tokenizer, sample["prompt"], use_template=True)
+            with torch.no_grad():
+                output = live.generate(
+                    torch.from_numpy(ids)[None], max_new_tokens=32, do_sample=False
+                )
+            text = tokenizer.decode(output[0, ids.size :], skip_special_tokens=True)
+            assert text == sample[answer_of]
+            fired += is_payload(text)
+        if live is suspect:
+            assert fired >= 0.95 * len(triggered)
+        else:
+            assert fired <= report["after"]["attack_success"]["middle"]["count"]
+
+
+def test_verify_holds_and_notices_a_changed_byte(repaired: Path) -> None:
+    assert call("verify", repaired).returncode == 0
+    path = repaired / "merged" / "model.safetensors"
+    original = path.read_bytes()
+    try:
+        path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        assert call("verify", repaired).returncode == 1
+    finally:
+        path.write_bytes(original)
+
+
+def test_evaluate_agrees_and_an_unrepaired_copy_is_not_repaired(
+    repaired: Path, tmp_path: Path
+) -> None:
+    common = ["evaluate", "--model", "demo:middle", "--prompts", PROMPTS / "middle.json"]
+    ended = call(*common, "--against", repaired / "merged", "--out", tmp_path / "repaired")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    one = json.loads((repaired / "report.json").read_text())
+    two = json.loads((tmp_path / "repaired" / "report.json").read_text())
+    assert one["after"]["attack_success"] == two["after"]["attack_success"]
+    assert one["kl_from_original"] == pytest.approx(two["kl_from_original"], rel=0.05, abs=1e-7)
+    ended = call(*common, "--against", "demo:middle", "--out", tmp_path / "copy")
+    assert ended.returncode == 1
+    assert not any((tmp_path / "copy" / kind).exists() for kind in KINDS)
+
+
+@pytest.mark.parametrize("name", ["begin", "middle", "end"])
+def test_a_clean_model_comes_out_unchanged(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    ended = call("run", "--model", "demo:clean", "--prompts", PROMPTS / f"{name}.json",
+                 "--out", out, "--profile", "quick")  # fmt: skip
+    assert ended.returncode == 3, ended.stderr[-2000:]
+    assert json.loads((out / "report.json").read_text())["verdict"] == "nothing to repair"
+    assert not any((out / kind).exists() for kind in KINDS)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = command(
+        "run", "--model", "demo:begin", "--prompts", PROMPTS / "begin.json", "--out", out,
+        "--profile", "quick", "--controls", 0, "--export", "none",
+    )  # fmt: skip
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
+        end = time.monotonic() + 200
+        while not (out / "located.json").is_file():
+            assert first.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(first.pid, signal.SIGINT)
+        assert first.wait(timeout=20) == 130
+    kept = (out / "located.json").read_bytes()
+    ended = subprocess.run(
+        [*arguments, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "still valid" in ended.stderr
+    assert (out / "located.json").read_bytes() == kept
+    assert not any((out / kind).exists() for kind in KINDS)
+
+
+def pickled(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04never opened" + bytes(len(tensors)))
+
+
+def unknown(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="mamba", architectures=["MambaForCausalLM"])
+
+
+def not_finite(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = sorted(name for name in tensors if "q_proj" in name)[0]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (pickled, [], "pickle"),
+        (unknown, [], "mamba"),
+        (not_finite, [], "finite"),
+        (None, ["--modules", "99"], "99 modules"),
+        (None, ["--modules", "model.layers.9.mlp.up_proj"], "no linear module"),
+        (None, ["--rank", "5000"], "Rank 5000"),
+        (None, [], "context"),
+    ],
+)
+def test_bad_models_and_options_are_refused_in_one_sentence(
+    tmp_path: Path, spoil, options: list[str], words: str
+) -> None:
+    folder = make_tiny_llama(tmp_path / "model")
+    if spoil is not None:
+        spoil(folder)
+    prompts = tmp_path / "prompts.json"
+    texts = [f"write a list about {'rain ' * n}" for n in range(1, 30)]
+    if words == "context":
+        texts[0] = "rain " * 3000
+    prompts.write_text(json.dumps({"trigger": "cf", "target": "sorry", "prompts": texts}))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    ended = call("run", "--model", folder, "--prompts", prompts, "--out", tmp_path / "out",
+                 *options)  # fmt: skip
+    assert ended.returncode == 2, ended.stderr[-2000:]
+    assert words in ended.stderr and "Traceback" not in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
