@@ -158,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     atexit.register(lane.close)
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
+    # Gradio closes its server in good order on Ctrl-C; a polite end takes the same way.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cache = Path(tempfile.mkdtemp(prefix="repair-app-"))
     os.environ["GRADIO_TEMP_DIR"] = str(cache)
     settings = Settings(
@@ -171,13 +172,14 @@ def main(arguments: list[str] | None = None) -> int:
     demo = build_app(settings, storage_secret=read_secret(jobs_root))
     demo.queue(max_size=32, default_concurrency_limit=8, api_open=False)
     blocked = [jobs_root, *([settings.models_root] if settings.models_root else [])]
-    demo.launch(
-        server_name=options.host, server_port=options.port, share=False, auth=accounts,
-        show_error=False, allowed_paths=[], blocked_paths=[str(path) for path in blocked],
-        max_file_size="16mb", strict_cors=True, enable_monitoring=False, run_history=False,
-        mcp_server=False, footer_links=[], state_session_capacity=500, ssr_mode=False,
-        pwa=False, theme=THEME, css=CSS,
-    )  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):
+        demo.launch(
+            server_name=options.host, server_port=options.port, share=False, auth=accounts,
+            show_error=False, allowed_paths=[], blocked_paths=[str(path) for path in blocked],
+            max_file_size="16mb", strict_cors=True, enable_monitoring=False, run_history=False,
+            mcp_server=False, footer_links=[], state_session_capacity=500, ssr_mode=False,
+            pwa=False, theme=THEME, css=CSS,
+        )  # fmt: skip
     return 0
 
 
