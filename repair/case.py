@@ -47,7 +47,6 @@ class Profile:
     num_evaluate: int
     num_patched_pairs: int
     num_steps: int
-    num_controls: int
 
     @property
     def num_prompts(self) -> int:
@@ -57,15 +56,15 @@ class Profile:
 PROFILES = {
     "quick": Profile(
         num_locate=40, num_repair=120, num_validate=60, num_evaluate=200,
-        num_patched_pairs=12, num_steps=60, num_controls=1,
+        num_patched_pairs=12, num_steps=60,
     ),
     "standard": Profile(
         num_locate=64, num_repair=200, num_validate=96, num_evaluate=400,
-        num_patched_pairs=32, num_steps=150, num_controls=3,
+        num_patched_pairs=32, num_steps=150,
     ),
     "full": Profile(
         num_locate=96, num_repair=300, num_validate=128, num_evaluate=400,
-        num_patched_pairs=64, num_steps=200, num_controls=20,
+        num_patched_pairs=64, num_steps=200,
     ),
 }  # fmt: skip
 
