@@ -135,7 +135,18 @@ def answer_logits(
     The output matrix is applied at these positions only. `ids` is padded on the right.
     """
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[rows, columns])
+    return output_logits(model, hidden[rows, columns])
+
+
+def output_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Return logits [n, vocab] of last hidden states [n, width], float32 or float64.
+
+    Some models (Gemma 2) bound their logits; that is part of what they say.
+    """
+    logits = model.get_output_embeddings()(hidden)
+    bound = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    if bound is not None:
+        logits = torch.tanh(logits / bound) * bound
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

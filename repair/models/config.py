@@ -7,44 +7,118 @@ Every range is checked before any library sees the configuration: `security.md` 
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from repair.models.headers import pickle_refusal, refuse_constant, unique_object
 from repair.records import RepairError
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A native class, what its config.json calls the sizes, and the keys only it has."""
+
+    model: str
+    config: str
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    width: str = "hidden_size"
+    inner: str | None = "intermediate_size"
+    more: tuple[str, ...] = ()
+
+
+_GEMMA = (
+    "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "sliding_window_pattern", "rope_local_base_freq",
+)  # fmt: skip
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+    "llama": Architecture(model="LlamaForCausalLM", config="LlamaConfig"),
+    "mistral": Architecture(model="MistralForCausalLM", config="MistralConfig"),
+    "qwen2": Architecture(model="Qwen2ForCausalLM", config="Qwen2Config"),
+    "qwen3": Architecture(model="Qwen3ForCausalLM", config="Qwen3Config"),
+    "gemma2": Architecture(model="Gemma2ForCausalLM", config="Gemma2Config", more=_GEMMA),
+    "gemma3_text": Architecture(
+        model="Gemma3ForCausalLM", config="Gemma3TextConfig", more=_GEMMA
+    ),
+    "phi3": Architecture(
+        model="Phi3ForCausalLM",
+        config="Phi3Config",
+        more=("original_max_position_embeddings", "partial_rotary_factor"),
+    ),
+    "gpt2": Architecture(
+        model="GPT2LMHeadModel",
+        config="GPT2Config",
+        layers="n_layer",
+        heads="n_head",
+        width="n_embd",
+        inner=None,
+        more=(
+            "n_positions", "n_inner", "activation_function", "layer_norm_epsilon",
+            "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
+        ),
+    ),
+    "gpt_neox": Architecture(
+        model="GPTNeoXForCausalLM",
+        config="GPTNeoXConfig",
+        more=("rotary_pct", "rotary_emb_base", "layer_norm_eps", "use_parallel_residual"),
+    ),
+    "opt": Architecture(
+        model="OPTForCausalLM",
+        config="OPTConfig",
+        inner="ffn_dim",
+        more=(
+            "activation_function", "word_embed_proj_dim", "do_layer_norm_before",
+            "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine",
+        ),
+    ),
+    "olmo": Architecture(model="OlmoForCausalLM", config="OlmoConfig", more=("clip_qkv",)),
+    "olmo2": Architecture(model="Olmo2ForCausalLM", config="Olmo2Config"),
+}  # fmt: skip
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 16
 
-# Whole numbers that every architecture needs, with the range accepted.
-_REQUIRED = {
-    "vocab_size": (1, 1_048_576),
-    "hidden_size": (1, 16_384),
-    "intermediate_size": (1, 131_072),
-    "num_hidden_layers": (1, 200),
-    "num_attention_heads": (1, 512),
-}
-_OPTIONAL_INT = {
+# The keys that are kept, with the range accepted; each architecture has most of the first groups.
+_INT = {
     "num_key_value_heads": (1, 512),
     "head_dim": (2, 1024),
     "max_position_embeddings": (1, 2_000_000),
     "sliding_window": (1, 2_000_000),
     "max_window_layers": (0, 200),
 }
-_OPTIONAL_NUMBER = {
+_NUMBER = {
     "rms_norm_eps": (0.0, 1.0),
     "initializer_range": (0.0, 1.0),
     "attention_dropout": (0.0, 1.0),
     "rope_theta": (1.0, 1e12),
 }
-_OPTIONAL_BOOL = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+_BOOL = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_MORE_INT = {
+    "n_positions": (1, 2_000_000),
+    "n_inner": (1, 131_072),
+    "original_max_position_embeddings": (1, 2_000_000),
+    "word_embed_proj_dim": (1, 16_384),
+    "sliding_window_pattern": (1, 200),
+}
+_MORE_NUMBER = {
+    "query_pre_attn_scalar": (1.0, 16_384.0),
+    "attn_logit_softcapping": (0.1, 1e6),
+    "final_logit_softcapping": (0.1, 1e6),
+    "rope_local_base_freq": (1.0, 1e12),
+    "partial_rotary_factor": (0.01, 1.0),
+    "rotary_pct": (0.01, 1.0),
+    "rotary_emb_base": (1.0, 1e12),
+    "layer_norm_eps": (0.0, 1.0),
+    "layer_norm_epsilon": (0.0, 1.0),
+    "clip_qkv": (0.0, 1e6),
+}
+_MORE_BOOL = (
+    "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
+    "use_parallel_residual", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
+    "layer_norm_elementwise_affine",
+)  # fmt: skip
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -93,24 +167,35 @@ def clean_config(flat: Any, *, has_python: bool) -> tuple[dict[str, Any], list[s
         for key in map(str, flat)
         if _DROPPED.match(key) and flat[key] is not None
     ]
-    clean: dict[str, Any] = {"model_type": model_type, "architectures": [ARCHITECTURES[model_type]]}
-    for key, (low, high) in _REQUIRED.items():
+    known = ARCHITECTURES[model_type]
+    clean: dict[str, Any] = {"model_type": model_type, "architectures": [known.model]}
+    sizes = {
+        "vocab_size": (1, 1_048_576),
+        known.width: (1, 16_384),
+        known.layers: (1, 200),
+        known.heads: (1, 512),
+    }
+    if known.inner is not None:
+        sizes[known.inner] = (1, 131_072)
+    for key, (low, high) in sizes.items():
         clean[key] = _check_int(flat, key, low, high)
-    for key, (low, high) in _OPTIONAL_INT.items():
+    for key, (low, high) in (_INT | _only(_MORE_INT, known)).items():
         if flat.get(key) is not None:
             clean[key] = _check_int(flat, key, low, high)
         elif key == "sliding_window" and key in flat:
             clean[key] = None  # For Mistral an absent key would mean 4096.
-    for key, (low, high) in _OPTIONAL_NUMBER.items():
+    for key, (low, high) in (_NUMBER | _only(_MORE_NUMBER, known)).items():
         if flat.get(key) is not None:
             clean[key] = _check_number(flat[key], key, low, high)
-    for key in _OPTIONAL_BOOL:
+        elif key in _MORE_NUMBER and key in flat:
+            clean[key] = None  # Gemma's bounds are off where they are null, not where they lack.
+    for key in (*_BOOL, *(key for key in _MORE_BOOL if key in known.more)):
         if flat.get(key) is not None:
             if not isinstance(flat[key], bool):
                 raise _refuse(key, flat[key], "true or false")
             clean[key] = flat[key]
-    clean.update(_check_choices(flat, clean["num_hidden_layers"]))
-    _check_heads(clean)
+    clean.update(_check_choices(flat, clean[known.layers], known))
+    _check_heads(clean, known)
     for key in _TOKEN_IDS:
         ids = token_ids(flat.get(key), clean["vocab_size"])
         if ids:
@@ -118,6 +203,10 @@ def clean_config(flat: Any, *, has_python: bool) -> tuple[dict[str, Any], list[s
         elif key in flat:
             clean[key] = None
     return clean, findings
+
+
+def _only(ranges: dict[str, tuple], known: Architecture) -> dict[str, tuple]:
+    return {key: value for key, value in ranges.items() if key in known.more}
 
 
 def token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
@@ -153,21 +242,24 @@ def _check_architecture(flat: dict[str, Any], *, has_python: bool) -> str:
             "Nothing was loaded."
         )
     architectures = flat.get("architectures")
-    if architectures not in (None, [ARCHITECTURES[model_type]]):
+    if architectures not in (None, [ARCHITECTURES[model_type].model]):
         raise RepairError(
             f"config.json declares {_show(architectures)}, which is not a causal language model "
-            f"of type {model_type!r}. Accepted: {ARCHITECTURES[model_type]}."
+            f"of type {model_type!r}. Accepted: {ARCHITECTURES[model_type].model}."
         )
     return model_type
 
 
-def _check_choices(flat: dict[str, Any], num_layers: int) -> dict[str, Any]:
+def _check_choices(
+    flat: dict[str, Any], num_layers: int, known: Architecture
+) -> dict[str, Any]:
     """Return the checked fields whose values are names, lists or small objects."""
     clean: dict[str, Any] = {}
-    if flat.get("hidden_act") is not None:
-        if flat["hidden_act"] not in _ACTIVATIONS:
-            raise _refuse("hidden_act", flat["hidden_act"], ", ".join(_ACTIVATIONS))
-        clean["hidden_act"] = flat["hidden_act"]
+    for key in _ACTIVATION_KEYS:
+        if flat.get(key) is not None and (key == "hidden_act" or key in known.more):
+            if flat[key] not in _ACTIVATIONS:
+                raise _refuse(key, flat[key], ", ".join(_ACTIVATIONS))
+            clean[key] = flat[key]
     layer_types = flat.get("layer_types")
     if layer_types is not None:
         if not isinstance(layer_types, list) or len(layer_types) != num_layers:
@@ -176,8 +268,11 @@ def _check_choices(flat: dict[str, Any], num_layers: int) -> dict[str, Any]:
             raise _refuse("layer_types", layer_types, ", ".join(_LAYER_TYPES))
         clean["layer_types"] = layer_types
     for key in ("rope_parameters", "rope_scaling"):
-        if flat.get(key) is not None:
-            clean[key] = _check_rope(flat[key], key)
+        rope = flat.get(key)
+        if isinstance(rope, dict) and rope and set(rope) <= set(_LAYER_TYPES):
+            clean[key] = {kind: _check_rope(part, key) for kind, part in rope.items()}
+        elif rope is not None:
+            clean[key] = _check_rope(rope, key)
     return clean
 
 
@@ -197,10 +292,10 @@ def _check_rope(rope: Any, key: str) -> dict[str, Any]:
     return rope
 
 
-def _check_heads(clean: dict[str, Any]) -> None:
-    num_heads, hidden = clean["num_attention_heads"], clean["hidden_size"]
+def _check_heads(clean: dict[str, Any], known: Architecture) -> None:
+    num_heads, hidden = clean[known.heads], clean[known.width]
     num_groups = clean.get("num_key_value_heads", num_heads)
-    if hidden % num_heads or num_heads % num_groups:
+    if (hidden % num_heads and "head_dim" not in clean) or num_heads % num_groups:
         raise RepairError(
             f"config.json declares hidden size {hidden}, {num_heads} attention heads and "
             f"{num_groups} key/value heads, which do not divide. Nothing was loaded."

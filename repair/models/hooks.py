@@ -1,17 +1,17 @@
-"""The only file that registers hooks on a model.
+"""The only file that registers hooks on a model, or skips its layers.
 
 Every function is a context manager: module names are resolved before the first hook is
 registered, hooks return new tensors (they never edit in place), and leaving the block, also by
 an exception, leaves the model bare. Activations are [batch, token, width].
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from repair.models.modules import get_module
+from repair.models.modules import decoder_layers, get_module
 from repair.records import LowRankUpdate, ModuleRef
 
 
@@ -56,7 +56,10 @@ def apply_updates(model: nn.Module, updates: Sequence[LowRankUpdate]) -> Iterato
 def record_outputs(
     model: nn.Module, modules: Sequence[ModuleRef]
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that each forward pass fills with path -> output [batch, token, d_out]."""
+    """Yield a dict that each forward pass fills with path -> output [batch, token, d_out].
+
+    Where the model itself runs tokens of all rows through a module at once, that is [n, d_out].
+    """
     outputs: dict[str, Tensor] = {}
 
     def hook_for(path: str) -> Callable:
@@ -70,21 +73,69 @@ def record_outputs(
 
 
 @contextmanager
-def patch_outputs(
-    model: nn.Module,
-    modules: Sequence[ModuleRef],
-    source: dict[str, Tensor],
-    positions: Tensor,
-) -> Iterator[None]:
-    """Replace each module's output by `source[path]` where `positions` [batch, token] is true."""
+def record_layer_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list that a forward pass fills with each decoder layer's input."""
+    inputs: list[Tensor] = []
 
-    def hook_for(replacement: Tensor) -> Callable:
+    def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield inputs
+
+
+@contextmanager
+def restart_at(model: nn.Module, index: int, hidden: Tensor) -> Iterator[None]:
+    """Skip the decoder layers before `index` and give that layer `hidden` [batch, token, width].
+
+    A skipped layer hands on what it gets: its value is never read. Embedding, masks, rotary
+    angles, the layers from `index` on and the final norm run as the model's own code has them.
+    """
+    layers = decoder_layers(model)
+
+    def replace(_layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def skip(hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
+        return hidden_states
+
+    with ExitStack() as stack:
+        for layer in layers[:index]:
+            layer.forward = skip  # On the instance: the class's own is found again without it.
+            stack.callback(delattr, layer, "forward")
+        stack.callback(layers[index].register_forward_pre_hook(replace, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def patch_blocks(
+    model: nn.Module,
+    patches: Mapping[ModuleRef, Sequence[tuple[int, Tensor]]],
+    source: Mapping[str, Tensor],
+    *,
+    num_blocks: int,
+) -> Iterator[None]:
+    """Replace outputs by `source[path]` [row, token, d_out] in some blocks of the batch.
+
+    The batch is `num_blocks` copies of the same rows. `patches[module]` holds (block, positions):
+    where `positions` [row, token] is true, that block's output is the source's.
+    """
+
+    def hook_for(path: str, wanted: Sequence[tuple[int, Tensor]]) -> Callable:
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-            return torch.where(positions[..., None], replacement, output)
+            rows = wanted[0][1].shape
+            blocks = list(output.reshape(num_blocks, *rows, output.shape[-1]).unbind(0))
+            for block, positions in wanted:
+                blocks[block] = torch.where(positions[..., None], source[path], blocks[block])
+            return torch.stack(blocks).reshape(output.shape)
 
         return hook
 
-    with _hooks([(get_module(model, ref), hook_for(source[ref.path])) for ref in modules]):
+    with _hooks([(get_module(model, ref), hook_for(ref.path, w)) for ref, w in patches.items()]):
         yield
 
 
@@ -97,8 +148,9 @@ def record_gradients(
     """Call `receive(module, x, g)` in every backward pass through each module.
 
     x is the module's input [batch, token, d_in] and g the gradient of the loss with respect to
-    its output [batch, token, d_out]. Weights need no gradient and get none: the embedding's
-    output is made the leaf that the backward pass runs to.
+    its output [batch, token, d_out] (either flattened to [n, width] where the model does so).
+    Weights need no gradient and get none: the embedding's output is made the leaf that the
+    backward pass runs to.
     """
 
     def hook_for(ref: ModuleRef) -> Callable:

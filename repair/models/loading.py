@@ -28,6 +28,7 @@ from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
 from repair.models.folder import SMALL_FILES, WEIGHT_NAME, check_names
 from repair.models.modules import find_modules
 from repair.models.staging import StagedModel, check_unchanged, stage_model
+from repair.models.tensors import OUTPUT
 from repair.records import ModuleRef, RepairError
 
 SUSPECTS = Path(__file__).resolve().parents[2] / "assets" / "suspects"
@@ -225,7 +226,7 @@ def _load_weights(staged: StagedModel, *, dtype: str, device: str) -> PreTrained
         _check_memory(staged, dtype)
     config = read_json_file(staged.folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
     transformers.utils.logging.disable_progress_bar()  # Progress is the job's to report.
-    native_class = getattr(transformers, ARCHITECTURES[config["model_type"]])
+    native_class = getattr(transformers, ARCHITECTURES[config["model_type"]].model)
     model, info = native_class.from_pretrained(
         staged.folder,
         local_files_only=True,
@@ -239,7 +240,7 @@ def _load_weights(staged: StagedModel, *, dtype: str, device: str) -> PreTrained
     is_tied = bool(model.config.tie_word_embeddings)
     for key, names in info.items():
         names = {name for name in map(str, names) if "rotary_emb.inv_freq" not in name}
-        if names - ({"lm_head.weight"} if is_tied and key == "missing_keys" else set()):
+        if names - ({OUTPUT} if is_tied and key == "missing_keys" else set()):
             raise RepairError(
                 f"The weights do not fit the model ({key}: {ascii(sorted(names)[0])[:120]}). "
                 "Nothing was loaded."

@@ -11,14 +11,22 @@ from typing import Any
 import torch
 import transformers
 
-from repair.models.config import parse_json
+from repair.models.config import ARCHITECTURES, parse_json
 from repair.models.folder import PICKLES, WEIGHT_NAME
 from repair.models.headers import TensorHeader, pickle_refusal
 from repair.records import RepairError
 
+OUTPUT = "lm_head.weight"  # what may be absent when tied
+OLD_OUTPUT = "embed_out.weight"  # GPT-NeoX files call it so; the library knows
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_OLD_BUFFER = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias"
+    r"|gpt_neox\.layers\.\d+\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)"
+)
+_LAYER = re.compile(
+    r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.(\d{1,6})\."
+)
 
 
 def read_index(small: dict[str, bytes]) -> dict[str, str] | None:
@@ -85,19 +93,21 @@ def check_tensors(tensors: dict[str, TensorHeader], config: dict[str, Any]) -> l
     Raises `RepairError` for missing, unexpected or mismatched tensors. A tied `lm_head` may be
     absent, and old checkpoints may hold the rotary buffer that the library computes itself.
     """
-    stored = {int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,6})\.", name))}
-    declared = config["num_hidden_layers"]
+    stored = {int(m[1]) for name in tensors if (m := _LAYER.match(name))}
+    declared = config[ARCHITECTURES[config["model_type"]].layers]
     if stored != set(range(declared)):
         raise RepairError(
             f"config.json declares {declared} layers but the file holds weights for "
             f"{len(stored)}. Missing weights would be random, so results would mean nothing."
         )
     expected = _expected_shapes(config)
+    if config["model_type"] == "gpt_neox" and OLD_OUTPUT in tensors and OUTPUT not in tensors:
+        tensors = {OUTPUT if name == OLD_OUTPUT else name: h for name, h in tensors.items()}
     buffers = [name for name in tensors if _OLD_BUFFER.fullmatch(name)]
     present = tensors.keys() - set(buffers)
     missing = sorted(expected.keys() - present)
-    if config.get("tie_word_embeddings") and "lm_head.weight" in missing:
-        missing.remove("lm_head.weight")
+    if _is_tied(config):
+        missing = [name for name in missing if name != OUTPUT]
     if missing:
         raise RepairError(
             f"The weight files lack {len(missing)} tensors that config.json declares, such as "
@@ -124,6 +134,12 @@ def check_tensors(tensors: dict[str, TensorHeader], config: dict[str, Any]) -> l
     return ["Old rotary buffers in the weight files are not used."] if buffers else []
 
 
+def _is_tied(config: dict[str, Any]) -> bool:
+    """Tell whether the output matrix is the embedding, by config.json or the class's default."""
+    default = getattr(transformers, ARCHITECTURES[config["model_type"]].config)()
+    return bool(config.get("tie_word_embeddings", default.tie_word_embeddings))
+
+
 def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     try:
         model = build_empty(config)
@@ -137,12 +153,12 @@ def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def build_empty(config: dict[str, Any]) -> transformers.PreTrainedModel:
     """Return an instance of the native class without any memory for its weights."""
-    name = config["architectures"][0]
+    known = ARCHITECTURES[config["model_type"]]
     arguments = {key: value for key, value in config.items() if key != "model_type"}
-    settings = getattr(transformers, name.removesuffix("ForCausalLM") + "Config")(**arguments)
+    settings = getattr(transformers, known.config)(**arguments)
     settings._attn_implementation = "eager"
     with torch.device("meta"):
-        return getattr(transformers, name)(settings)
+        return getattr(transformers, known.model)(settings)
 
 
 def main_dtype(tensors: dict[str, TensorHeader]) -> str:

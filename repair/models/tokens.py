@@ -78,6 +78,9 @@ def encode_pair(
         tokens = _align(clean, triggered)
     else:
         tokens = [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]
+    start = rendered[1].rfind(texts.triggered.strip())
+    end = start + len(texts.triggered.strip()) if use_template and start >= 0 else len(rendered[1])
+    template = [i for i, (start, _) in enumerate(offsets) if start >= end]
     if not tokens:
         raise RepairError(
             f"The prompt {ascii(texts.triggered)[:120]} gives the same tokens with and without "
@@ -90,6 +93,7 @@ def encode_pair(
         position=position,
         text_clean=texts.clean,
         text_triggered=texts.triggered,
+        num_template=len(template),
     )
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from repair.lowrank.adapter import attached
 from repair.models.hooks import apply_updates
 from repair.models.loading import LoadedModel
-from repair.models.modules import get_module
+from repair.models.modules import as_stored, get_module
 from repair.models.staging import check_unchanged, stage_model
 from repair.publish.manifest import EXPORTS, check_manifest, compare_tensors
 from repair.publish.sample import SAMPLE, write_sample
@@ -89,7 +89,13 @@ def export_merged(
     """Write `folder/merged`; return ({changed tensor: before, after, …}, number of tensors)."""
     _check_not_tied(loaded, updates)
     stage = loaded.staged.folder
-    selected = {f"{update.module.path}.weight": update for update in updates}
+    selected = {
+        f"{update.module.path}.weight": as_stored(
+            get_module(loaded.model, update.module),
+            torch.from_numpy(update.lora_B) @ torch.from_numpy(update.lora_A),
+        )
+        for update in updates
+    }
     partial = _fresh(folder / ".partial-merged")
     missing = set(selected)
     for source in sorted(stage.iterdir()):
@@ -244,16 +250,14 @@ def _reopening_problems(reopened: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _write_shard(source: Path, path: Path, selected: Mapping[str, LowRankUpdate]) -> set[str]:
-    """Copy one weight file with the selected weights replaced; return which were in it."""
+def _write_shard(source: Path, path: Path, selected: Mapping[str, torch.Tensor]) -> set[str]:
+    """Copy one weight file with each selected weight's change added; return which were in it."""
     tensors, found = {}, set()
     with safe_open(source, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             tensor = file.get_tensor(name)
             if name in selected:
-                update = selected[name]
-                delta = torch.from_numpy(update.lora_B) @ torch.from_numpy(update.lora_A)
-                tensor = (tensor.float() + delta.float()).to(tensor.dtype)
+                tensor = (tensor.float() + selected[name].float()).to(tensor.dtype)
                 if not torch.isfinite(tensor).all():
                     raise RepairError(
                         f"The repaired weight {name} leaves the range of {tensor.dtype}. Repair "
