@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from repair.case import Case
-from repair.records import ModuleRanking, ModuleScore, PatchingScores, Rate
+from repair.locate.locating import Patched
+from repair.records import ModuleRanking, ModuleScore, Rate
 
 NAME = "located.json"
 
@@ -24,9 +25,15 @@ class Map:
 
     ranking: ModuleRanking
     fires: dict[str, Rate]
-    curve: list[dict[str, float]]  # joint effect of the best 1, 2, 4, ... modules
+    joint: dict[str, Any]  # `Redundancy.to_json`: curve, sets, windows, and what they say
     patching: dict[str, Any]  # counterfactual, direction, counts, self-checks
     num_layers: int
+    not_covered: list[str]  # parameters that no module of the map holds, layer numbers as *
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """Joint effect of the best 1, 2, 4, ..., all modules."""
+        return self.joint["curve"]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -35,8 +42,9 @@ class Map:
             "num_pairs": self.ranking.num_pairs,
             "rank_correlation": self.ranking.rank_correlation,
             "fires": {name: rate.to_json() for name, rate in self.fires.items()},
-            "effect_curve": self.curve,
+            "joint": self.joint,
             "num_layers": self.num_layers,
+            "not_covered": self.not_covered,
             "components": list(
                 dict.fromkeys(score.module.component for score in self.ranking.modules)
             ),
@@ -47,7 +55,7 @@ class Map:
     def from_json(cls, flat: Mapping[str, Any]) -> "Map":
         names = (
             "direction", "counterfactual", "num_dropped", "num_shams_tried", "num_shams_inert",
-            "self_checks",
+            "self_checks", "other_maps",
         )  # fmt: skip
         return cls(
             ranking=ModuleRanking(
@@ -60,9 +68,10 @@ class Map:
                 name: Rate(count=int(rate["count"]), total=int(rate["total"]))
                 for name, rate in flat["fires"].items()
             },
-            curve=list(flat["effect_curve"]),
+            joint=dict(flat["joint"]),
             patching={name: flat[name] for name in names},
             num_layers=flat["num_layers"],
+            not_covered=list(flat["not_covered"]),
         )
 
 
@@ -97,13 +106,22 @@ def write(folder: Path, case: Case, found: Map) -> None:
     os.replace(aside, folder / NAME)
 
 
-def summarize(scores: PatchingScores) -> dict[str, Any]:
-    """Return the parts of the patching scores that are not per module."""
+def summarize(patched: Patched) -> dict[str, Any]:
+    """Return what the maps rest on: the parts of the patching that are not per module."""
+    others = {
+        name: {
+            "num_pairs": scores.effect.shape[1],
+            "num_dropped": scores.num_dropped,
+            "self_checks": scores.self_checks,
+        }
+        for name, scores in patched.others.items()
+    }
     return {
-        "direction": scores.direction,
-        "counterfactual": scores.counterfactual,
-        "num_dropped": scores.num_dropped,
-        "num_shams_tried": scores.num_shams_tried,
-        "num_shams_inert": scores.num_shams_inert,
-        "self_checks": scores.self_checks,
+        "direction": patched.main.direction,
+        "counterfactual": patched.main.counterfactual,
+        "num_dropped": patched.main.num_dropped,
+        "num_shams_tried": patched.num_shams_tried,
+        "num_shams_inert": patched.num_shams_inert,
+        "self_checks": patched.main.self_checks,
+        "other_maps": others,
     }

@@ -162,7 +162,8 @@ class Outcome:
                 "num_pairs": found.ranking.num_pairs,
                 "rank_correlation": found.ranking.rank_correlation,
                 **found.patching,
-                "effect_curve": found.curve,
+                "joint": found.joint,
+                "not_covered": found.not_covered,
                 "num_teacher_answers_dropped": num_dropped,
             },
             plan={

@@ -35,6 +35,7 @@ from repair.located import Map
 from repair.lowrank import checkpoint
 from repair.lowrank.repairing import Repaired, Validation, repair_modules
 from repair.models.loading import load_model
+from repair.models.modules import num_layers, uncovered_parameters
 from repair.outcome import Clock, Outcome, draw_maps, drop_results
 from repair.plan import MAX_MODULES, TOTAL_RANK, check_request, chosen_paths, make_plan
 from repair.prompts import prompt_file_from_json
@@ -286,7 +287,7 @@ def _locate(request: Mapping[str, Any], folder: Path, clock: Clock, case: Case) 
             num_new_tokens=case.num_new_tokens,
         )
         _check_fired(fired)
-        patching, cases = locating.patch_fired(
+        patched = locating.patch_fired(
             loaded,
             fired,
             is_payload=case.is_payload,
@@ -297,12 +298,12 @@ def _locate(request: Mapping[str, Any], folder: Path, clock: Clock, case: Case) 
         )
     with clock.step("curvature", "Measuring Fisher curvature"):
         modules = locating.shortlist(
-            loaded.modules, patching, memory_bytes=FACTOR_MEMORY_BYTES
+            loaded.modules, patched.main, memory_bytes=FACTOR_MEMORY_BYTES
         )
         curvature = locating.measure_curvature(loaded, modules, lessons, seed=case.seed)
         ranking = locating.rank_located(
             loaded,
-            patching,
+            patched,
             curvature,
             lessons,
             triggered=([pair.triggered for pair in fired.pairs], list(fired.payloads)),
@@ -310,13 +311,15 @@ def _locate(request: Mapping[str, Any], folder: Path, clock: Clock, case: Case) 
             max_modules=MAX_MODULES,
             seed=case.seed,
         )
-        curve = locating.joint_curve(loaded, cases, ranking, seed=case.seed)
+    with clock.step("joint", "Patching modules together"):
+        joint = locating.joint_effects(loaded, patched, ranking, seed=case.seed)
     found = Map(
         ranking=ranking,
         fires=fired.rates,
-        curve=curve,
-        patching=kept.summarize(patching),
-        num_layers=1 + max(ref.layer for ref in loaded.modules),
+        joint=joint.to_json(),
+        patching=kept.summarize(patched),
+        num_layers=num_layers(loaded.model),
+        not_covered=list(uncovered_parameters(loaded.model)),
     )
     kept.write(folder, case, found)
     return Located(case=case, map=found, lessons=lessons, known=curvature)

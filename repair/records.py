@@ -129,7 +129,8 @@ class PromptSplits:
 class PromptPair:
     """One clean/triggered pair as token ids, chat template included.
 
-    `trigger` holds the indices into `triggered` of the trigger's own tokens.
+    `trigger` holds the indices into `triggered` of the trigger's own tokens; the last
+    `num_template` tokens of both prompts come from the chat template.
     """
 
     clean: np.ndarray  # [num_clean_tokens] int64
@@ -138,6 +139,7 @@ class PromptPair:
     position: str  # begin | middle | end | given
     text_clean: str
     text_triggered: str
+    num_template: int = 0
 
     def __post_init__(self) -> None:
         if self.trigger.size == 0 or self.trigger.max() >= self.triggered.size:
@@ -146,26 +148,31 @@ class PromptPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchingScores:
-    """Normalised effect of patching each module: 0 changes nothing, 1 gives the clean answer."""
+    """Normalised effect of patching each module: 0 changes nothing, 1 goes all the way."""
 
     modules: tuple[ModuleRef, ...]
     effect: np.ndarray  # [module, pair], all positions from the trigger on
-    effect_trigger: np.ndarray  # [module, pair], the trigger's own positions
+    effect_trigger: np.ndarray  # [module, pair], the trigger's own positions (shams only, else 0)
     effect_after: np.ndarray  # [module, pair], the positions after it
-    direction: str  # block
-    counterfactual: str  # sham
+    effect_kl: np.ndarray  # [module, pair], `effect` in KL at the first token, not in margin
+    direction: str  # block | induce
+    counterfactual: str  # sham | deletion | gap
     num_dropped: int  # pairs whose margin the counterfactual hardly moves
-    num_shams_tried: int
-    num_shams_inert: int
     self_checks: dict[str, float]  # name -> largest deviation, 0 is perfect
 
     def __post_init__(self) -> None:
-        for name in ("effect", "effect_trigger", "effect_after"):
+        for name in ("effect", "effect_trigger", "effect_after", "effect_kl"):
             array = getattr(self, name)
             if array.dtype != np.float32 or array.shape != self.effect.shape:
                 raise ValueError(f"{name} must be float32 [module, pair]")
         if self.effect.shape[0] != len(self.modules):
             raise ValueError("one row of effects per module")
+
+    @property
+    def effect_for_choice(self) -> np.ndarray:
+        """Return [module, pair], the effect that says where a repair is cheap: at the trigger's
+        own positions, or, where a deletion leaves these without a partner, at all."""
+        return self.effect_trigger if self.counterfactual == "sham" else self.effect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +209,10 @@ class ModuleScore:
     score: float  # rank average of effect_trigger and phi, 1 is best
     selected: bool
     reason: str
+    effect_kl: float | None = None  # `effect` in KL at the first answer token
+    effect_induce: float | None = None  # triggered into counterfactual: is it enough?
+    effect_deletion: float | None = None  # trigger deleted, positions after it
+    effect_gap: float | None = None  # the same with position numbers kept
 
     def to_json(self) -> dict[str, Any]:
         """Return the flat form of `report.json`: modules[]."""

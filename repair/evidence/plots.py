@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from repair.records import COMPONENTS, ModuleScore
+from repair.records import ModuleScore
 
 METRICS = {
     "effect": "normalised effect of patching, trigger onwards",
@@ -46,7 +46,7 @@ def draw_heat_map(
     else is drawn on a logarithmic scale. A module without the figure stays grey.
     """
     label = METRICS[value]
-    components = [c for c in COMPONENTS if any(s.module.component == c for s in scores)]
+    components = list(dict.fromkeys(score.module.component for score in scores))
     num_layers = 1 + max(score.module.layer for score in scores)
     grid = np.full((num_layers, len(components)), np.nan)
     for score in scores:

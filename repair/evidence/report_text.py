@@ -235,6 +235,7 @@ def _method(report: Mapping[str, Any]) -> list[str]:
     if report["localisation"]:
         rows = [[code(k), code(v)] for k, v in report["localisation"].items() if not _nested(v)]
         lines += ["### Locating", "", *table(["what", "value"], rows)]
+        lines += _joint(report["localisation"])
     if plan:
         rows = [
             [code(path), figure(plan.get("ranks", {}).get(path))]
@@ -253,6 +254,28 @@ def _method(report: Mapping[str, Any]) -> list[str]:
                  "fisher_trigger", "fisher_clean", "curvature", "score")  # fmt: skip
         rows = [[code(flat["path"]), *(figure(flat[name]) for name in names)] for flat in chosen]
         lines += ["### Selected modules", "", *table(["module", *names], rows)]
+    return lines
+
+
+def _joint(localisation: Mapping[str, Any]) -> list[str]:
+    """Return what the self-checks and the joint patches say, and what the map does not cover."""
+    lines: list[str] = []
+    checks = localisation.get("self_checks") or {}
+    if checks:
+        rows = [[code(name), figure(value)] for name, value in checks.items()]
+        lines += table(["self-check", "largest deviation"], rows)
+    joint = localisation.get("joint") or {}
+    if joint:
+        lines += [plain(joint["statement"]), ""]
+        rows = [
+            [code(flat["num_modules"]), *(figure(flat[key]) for key in ("effect", "low", "high"))]
+            for flat in joint["curve"]
+        ]
+        lines += table(["modules patched together", "effect", "low", "high"], rows)
+    uncovered = localisation.get("not_covered") or []
+    if uncovered:
+        names = ", ".join(code(name) for name in uncovered)
+        lines += [f"Parameters that the map does not cover: {names}.", ""]
     return lines
 
 

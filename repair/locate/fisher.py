@@ -50,7 +50,7 @@ def trigger_gradients(
     }
 
     def receive(ref: ModuleRef, x: Tensor, g: Tensor) -> None:
-        sums[ref.path] += (g.flatten(0, 1).T @ x.flatten(0, 1)).double()
+        sums[ref.path] += (g.reshape(-1, ref.d_out).T @ x.reshape(-1, ref.d_in)).double()
 
     total, num_tokens = 0.0, 0
     with apply_updates(loaded.model, updates), record_gradients(loaded.model, modules, receive):
@@ -84,9 +84,9 @@ def collect_factors(
         # tensor alive, so that its address cannot be another's within the batch.
         address = x.data_ptr()
         if address not in shared:
-            rows = x[mask]
+            rows = x.reshape(-1, ref.d_in)[mask.flatten()]
             shared[address] = (x, (rows.T @ rows).double())
-        rows = g[mask]
+        rows = g.reshape(-1, ref.d_out)[mask.flatten()]
         _add(activation, ref.path, shared[address][1])
         _add(gradient, ref.path, (rows.T @ rows).double())
 
@@ -117,8 +117,9 @@ def fisher_traces(
     sums = {ref.path: [0.0, 0.0] for ref in modules}
 
     def receive(ref: ModuleRef, x: Tensor, g: Tensor, mask: Tensor) -> None:
-        sums[ref.path][0] += x[mask].double().square().sum().item()
-        sums[ref.path][1] += g[mask].double().square().sum().item()
+        keep = mask.flatten()
+        sums[ref.path][0] += x.reshape(-1, ref.d_in)[keep].double().square().sum().item()
+        sums[ref.path][1] += g.reshape(-1, ref.d_out)[keep].double().square().sum().item()
 
     num_tokens, num_answer_tokens = _sampled_backward(
         loaded, modules, prompts, answers, seed=seed, receive=receive, end_batch=lambda: None

@@ -10,15 +10,22 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from repair.locate.counterfactuals import inert_shams
+from repair.locate.counterfactuals import (
+    PatchingCase,
+    deletion_case,
+    inert_shams,
+    sham_case,
+)
 from repair.locate.curvature import Whitening, whitening_of
 from repair.locate.fisher import collect_factors, fisher_traces, trigger_gradients
 from repair.locate.lessons import Lessons
-from repair.locate.patching import PatchingCase, make_case, patch_modules, patch_sets
-from repair.locate.ranking import bootstrap_interval, rank_modules, spectrum
+from repair.locate.patching import patch_modules
+from repair.locate.ranking import rank_modules, spectrum
+from repair.locate.redundancy import Redundancy, measure_redundancy
 from repair.models.answers import generate_answers
 from repair.models.loading import LoadedModel
 from repair.records import (
+    EXIT_COULD_NOT_CHECK,
     ModuleRanking,
     ModuleRef,
     PatchingScores,
@@ -28,6 +35,7 @@ from repair.records import (
 )
 
 FEWEST_PAIRS = 4
+INERT = 0.5  # with a smaller share of inert shams the map rests on deletions instead
 FACTOR_PROMPTS = 200
 FIRES = 0.10  # below this rate a position counts as not firing (`contract.md`)
 
@@ -86,6 +94,18 @@ def check_firing(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patched:
+    """The maps of one suspect. `main` is the one that suggestions rest on."""
+
+    main: PatchingScores  # block, by shams; by deletion when too few shams are inert
+    others: dict[str, PatchingScores]  # induce | deletion | gap
+    cases: tuple[PatchingCase, ...]  # those of `main`
+    num_pairs: int  # compared, before pairs without an effect are dropped
+    num_shams_tried: int
+    num_shams_inert: int
+
+
 def patch_fired(
     loaded: LoadedModel,
     fired: Fired,
@@ -95,14 +115,13 @@ def patch_fired(
     max_pairs: int,
     seed: int,
     progress: Progress = lambda done, total: None,
-) -> tuple[PatchingScores, tuple[PatchingCase, ...]]:
-    """Return the map over at most `max_pairs` firing pairs, spread over positions, and its cases.
+) -> Patched:
+    """Return the maps over at most `max_pairs` firing pairs, spread over positions.
 
-    Raises RepairError (could not check) when fewer than 4 pairs have an inert sham.
+    Raises RepairError (could not check) when fewer than 4 pairs fire with an answer to compare.
     """
     order = np.random.default_rng([seed, 0x10C]).permutation(len(fired.pairs))
-    chosen = _spread([fired.pairs[i].position for i in order], max_pairs)
-    chosen = [int(order[i]) for i in chosen]
+    chosen = [int(order[i]) for i in _spread([fired.pairs[i].position for i in order], max_pairs)]
     draw = inert_shams(
         loaded,
         [fired.pairs[i] for i in chosen],
@@ -110,29 +129,58 @@ def patch_fired(
         num_new_tokens=num_new_tokens,
         seed=seed,
     )
-    cases = []
+    by_kind: dict[str, list[PatchingCase | None]] = {"sham": [], "deletion": [], "gap": []}
     for i, sham in zip(chosen, draw.shams, strict=True):
+        answers = {"payload": fired.payloads[i], "clean": fired.cleans[i]}
         if sham is not None:
-            case = make_case(
-                fired.pairs[i], sham, payload=fired.payloads[i], clean=fired.cleans[i]
-            )
-            cases.append(case)
-    usable = tuple(case for case in cases if case is not None)
-    if len(usable) < FEWEST_PAIRS:
+            by_kind["sham"].append(sham_case(fired.pairs[i], sham, **answers))
+        by_kind["deletion"].append(deletion_case(fired.pairs[i], **answers))
+        by_kind["gap"].append(deletion_case(fired.pairs[i], keeps_gap=True, **answers))
+    usable = {kind: [case for case in cases if case] for kind, cases in by_kind.items()}
+    has_shams = len(usable["sham"]) >= FEWEST_PAIRS and draw.num_inert >= INERT * draw.num_tried
+    kind = "sham" if has_shams else "deletion"
+    cases = usable.pop(kind)
+    if len(cases) < FEWEST_PAIRS:
         raise RepairError(
-            f"Only {len(usable)} of {len(chosen)} triggered prompts can be compared with an inert "
-            f"replacement of the trigger (at least {FEWEST_PAIRS} are needed): this backdoor fires "
-            "on almost any text in that place, or too few prompts fire. Give more prompts.",
-            exit_code=4,
+            f"Only {len(cases)} of {len(chosen)} triggered prompts have an answer that differs "
+            f"from the one without the trigger (at least {FEWEST_PAIRS} are needed). Give more "
+            "prompts.",
+            exit_code=EXIT_COULD_NOT_CHECK,
         )
-    patching = patch_modules(
-        loaded,
-        usable,
-        num_shams=(draw.num_tried, draw.num_inert),
-        num_dropped=len(chosen) - len(usable),
-        progress=progress,
+    wanted = [(kind, "block", cases), (kind, "induce", [case.reversed() for case in cases])]
+    wanted += [(name, "block", usable[name]) for name in ("deletion", "gap") if name in usable]
+    maps: list[PatchingScores] = []
+    for place, (name, direction, these) in enumerate(wanted):
+
+        def advance(done: int, total: int, place: int = place) -> None:
+            progress(place * total + done, len(wanted) * total)
+
+        try:
+            found = patch_modules(
+                loaded,
+                these,
+                direction=direction,
+                counterfactual=name,
+                num_dropped=len(chosen) - len(these),
+                progress=advance,
+            )
+        except RepairError:
+            if not maps:
+                raise
+            continue  # The main map stands; this one has no pair with an effect to explain.
+        maps.append(found)
+    others = {
+        found.counterfactual if found.direction == "block" else "induce": found
+        for found in maps[1:]
+    }
+    return Patched(
+        main=maps[0],
+        others=others,
+        cases=tuple(cases),
+        num_pairs=len(chosen),
+        num_shams_tried=draw.num_tried,
+        num_shams_inert=draw.num_inert,
     )
-    return patching, usable
 
 
 def measure_curvature(
@@ -159,7 +207,7 @@ def shortlist(
     modules: Sequence[ModuleRef], patching: PatchingScores, *, memory_bytes: int
 ) -> list[ModuleRef]:
     """Return the modules whose factors are formed: all that fit, by effect at the trigger."""
-    order = np.argsort(-patching.effect_trigger.mean(axis=1), kind="stable")
+    order = np.argsort(-patching.effect_for_choice.mean(axis=1), kind="stable")
     chosen, used = set(), 0
     for i in order:
         used += whitening_bytes(modules[i])
@@ -176,7 +224,7 @@ def whitening_bytes(module: ModuleRef) -> int:
 
 def rank_located(
     loaded: LoadedModel,
-    patching: PatchingScores,
+    patched: Patched,
     curvature: Curvature,
     lessons: Lessons,
     *,
@@ -192,8 +240,9 @@ def rank_located(
     )
     traces_trigger = fisher_traces(loaded, loaded.modules, *triggered, seed=seed)
     return rank_modules(
-        patching,
+        patched.main,
         curvature.spectra,
+        others=patched.others,
         traces_trigger=traces_trigger,
         traces_clean=traces_clean,
         total_rank=total_rank,
@@ -202,29 +251,14 @@ def rank_located(
     )
 
 
-def joint_curve(
-    loaded: LoadedModel, cases: Sequence[PatchingCase], ranking: ModuleRanking, *, seed: int
-) -> list[dict[str, float]]:
-    """Return the joint effect of the 1, 2, 4, 8, ..., all best modules of the ranking."""
+def joint_effects(
+    loaded: LoadedModel, patched: Patched, ranking: ModuleRanking, *, seed: int
+) -> Redundancy:
+    """Return what modules do together; the curve takes the modules in the ranking's order."""
     order = sorted(ranking.modules, key=lambda score: -score.score)
-    sizes, size = [], 1
-    while size < len(order):
-        sizes.append(size)
-        size *= 2
-    sizes.append(len(order))
-    effects = patch_sets(
-        loaded, cases, [[score.module for score in order[:size]] for size in sizes]
+    return measure_redundancy(
+        loaded, patched.cases, patched.main, [score.module for score in order], seed=seed
     )
-    low, high = bootstrap_interval(effects, seed=seed)
-    return [
-        {
-            "num_modules": size,
-            "effect": float(effects[i].mean(dtype=np.float64)),
-            "low": float(low[i]),
-            "high": float(high[i]),
-        }
-        for i, size in enumerate(sizes)
-    ]
 
 
 def _spread(positions: Sequence[str], most: int) -> list[int]:

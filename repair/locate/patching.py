@@ -1,62 +1,44 @@
-"""Exact activation patching of every linear module, one at a time, in the block direction.
+"""Exact activation patching of every linear module, one at a time, in either direction.
 
-    margin M = log p(payload token) - log p(clean token)      at the first answer token where
-                                                               the two answers part
-    effect   = (M_triggered - M_patched) / (M_triggered - M_sham)
+    margin M = log p(payload) - log p(clean answer)       first tokens, from where the answers part
+    effect   = (M_patched - M_destination) / (M_source - M_destination)
 
-The source run is the sham (same length, inert), the destination the triggered prompt. An effect
-of 1 means that restoring this module's output alone gives the clean answer, 0 that it changes
-nothing. Three sets of positions are kept apart: all from the trigger on, the trigger's own, and
-those after it; they answer different questions, and only the trigger's own predict where a repair
-is cheap. Origin: Zhang & Nanda 2309.16042, Heimersheim & Nanda 2404.15255. Axes are
-[module, pair]. What it does not know: joint effects, so that a redundant backdoor shows no module.
+Block: the counterfactual's activations into the triggered run (is the module needed?). Induce: the
+triggered run's into the counterfactual (is it enough?). An effect of 1 means that this module alone
+carries the destination all the way to the source, 0 that it changes nothing. Sets of positions are
+kept apart: all from the trigger on, the trigger's own, and those after it; they answer different
+questions, and only the trigger's own predict where a repair is cheap. The same effect is given in
+KL(source || run) at the first token, for targets that are not fixed strings. Origin: Zhang & Nanda
+2309.16042, Heimersheim & Nanda 2404.15255. Axes are [module, pair]. What it does not know: joint
+effects, so that a redundant backdoor shows no module (`redundancy.py`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from repair.models.answers import answer_logits
-from repair.models.hooks import count_hooks, patch_outputs, record_outputs
+from repair.locate.counterfactuals import (
+    AFTER,
+    ANSWER,
+    LAST,
+    TEMPLATE,
+    TRIGGER,
+    PatchingCase,
+)
+from repair.locate.runs import Patch, Reading, Runs
+from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
-from repair.models.tokens import batches, pad_right
-from repair.records import EXIT_COULD_NOT_CHECK, ModuleRef, PatchingScores, PromptPair, RepairError
+from repair.records import EXIT_COULD_NOT_CHECK, ModuleRef, PatchingScores, RepairError
 
-SMALLEST_MARGIN = 1.0  # nats; a pair that the sham moves less has no effect to explain
-BATCH_TOKENS = 8_192
+SMALLEST_MARGIN = 1.0  # nats; a pair that the counterfactual moves less has no effect to explain
+BATCH_TOKENS = 2_048  # rows times tokens of the unpatched runs, whose outputs are kept
+BEHIND = (AFTER, TEMPLATE, LAST, ANSWER)
+EVERYWHERE = (TRIGGER, *BEHIND)
+ROLE_SETS = {"all": EVERYWHERE, "trigger": (TRIGGER,), "after": BEHIND}
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PatchingCase:
-    """One pair ready to patch: equal-length runs and the two tokens that the margin compares."""
-
-    source: np.ndarray  # [tokens] sham ids and the shared start of the answers
-    destination: np.ndarray  # [tokens] triggered ids and the same
-    trigger: np.ndarray  # [num_trigger_tokens] indices
-    payload_token: int
-    clean_token: int
-
-
-def make_case(
-    pair: PromptPair, sham: np.ndarray, *, payload: np.ndarray, clean: np.ndarray
-) -> PatchingCase | None:
-    """Return the case for one pair, or None when the two answers (ids [tokens]) do not part."""
-    shared = 0
-    while shared < min(payload.size, clean.size) and payload[shared] == clean[shared]:
-        shared += 1
-    if shared >= min(payload.size, clean.size):
-        return None
-    prefix = payload[:shared]
-    return PatchingCase(
-        source=np.concatenate([sham, prefix]),
-        destination=np.concatenate([pair.triggered, prefix]),
-        trigger=pair.trigger,
-        payload_token=int(payload[shared]),
-        clean_token=int(clean[shared]),
-    )
+Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
@@ -64,121 +46,76 @@ def patch_modules(
     loaded: LoadedModel,
     cases: Sequence[PatchingCase],
     *,
-    num_shams: tuple[int, int],
+    direction: str = "block",
+    counterfactual: str = "sham",
     num_dropped: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> PatchingScores:
     """Return the effect of every module of `loaded` on every case that has one to explain.
 
-    `num_shams` is (tried, inert), `num_dropped` counts pairs already left out; both are reported.
-    Raises RepairError when no pair is left.
+    `direction` and `counterfactual` say what the cases are; `num_dropped` counts pairs already
+    left out. Raises RepairError when no pair is left.
     """
     modules = loaded.modules
-    columns: list[np.ndarray] = []
-    deviations = {"self_patch": 0.0, "patch_everything": 0.0, "before_trigger": 0.0}
-    groups = list(batches([case.source.size for case in cases], batch_tokens=BATCH_TOKENS))
-    done, total = 0, len(groups) * len(modules)
-    for group in groups:
-        batch = _Batch(loaded, [cases[i] for i in group])
-        for name, value in batch.self_checks(modules).items():
-            deviations[name] = max(deviations[name], value)
-        rows = []
-        for module in modules:
-            rows.append(batch.effects([module]))
-            done += 1
-            progress(done, total)
-        kept = (batch.triggered - batch.sham).abs() >= SMALLEST_MARGIN
+    is_sham = counterfactual == "sham"
+    sets = ROLE_SETS if is_sham else {"all": EVERYWHERE}
+    margins, kls = [], []
+    checks: dict[str, float] = {}
+    groups = list(batch_cases(cases))
+    for number, group in enumerate(groups):
+        runs = Runs(loaded, [cases[i] for i in group], modules)
+        for name, value in _self_checks(runs, modules, is_sham=is_sham).items():
+            checks[name] = max(checks.get(name, 0.0), value)
+        masks = [runs.where(*roles) for roles in sets.values()]
+        found: list[np.ndarray] = []
+        for layer in by_layer(modules):
+            patches = [Patch(modules=(ref,), positions=mask) for ref in layer for mask in masks]
+            found.append(effects(runs, runs.patched(patches)))
+            done = sum(row.shape[1] for row in found) // len(masks)
+            progress(number * len(modules) + done, len(groups) * len(modules))
+        both = np.concatenate(found, axis=1)  # [metric, module x set, pair]
+        kept = explainable(runs)
         num_dropped += int((~kept).sum())
-        columns.append(np.stack(rows)[:, :, kept.cpu().numpy()])
-    effects = np.concatenate(columns, axis=2) if columns else np.zeros((len(modules), 3, 0))
-    if effects.shape[2] == 0:
+        both = both.reshape(2, len(modules), len(masks), -1)[..., kept]
+        margins.append(both[0])
+        kls.append(both[1, :, 0])
+    margin = np.concatenate(margins, axis=2) if margins else np.zeros((len(modules), 1, 0))
+    if margin.shape[2] == 0:
         raise RepairError(
             "No prompt pair is left to explain: the trigger hardly moves the answer compared "
             "with an inert replacement. Check the trigger and the target.",
             exit_code=EXIT_COULD_NOT_CHECK,
         )
-    effects = effects.astype(np.float32)
-    deviations["hooks_left"] = float(count_hooks(loaded.model))
+    checks["hooks_left"] = float(count_hooks(loaded.model))
+    checks["not_finite"] = float((~np.isfinite(margin)).sum())
+    by_set = dict(zip(sets, np.moveaxis(margin, 1, 0).astype(np.float32), strict=True))
+    nothing = np.zeros_like(by_set["all"])
     return PatchingScores(
         modules=modules,
-        effect=effects[:, 0],
-        effect_trigger=effects[:, 1],
-        effect_after=effects[:, 2],
-        direction="block",
-        counterfactual="sham",
+        effect=by_set["all"],
+        effect_trigger=by_set.get("trigger", nothing),
+        effect_after=by_set.get("after", by_set["all"]),
+        effect_kl=np.concatenate(kls, axis=1).astype(np.float32),
+        direction=direction,
+        counterfactual=counterfactual,
         num_dropped=num_dropped,
-        num_shams_tried=num_shams[0],
-        num_shams_inert=num_shams[1],
-        self_checks=deviations,
+        self_checks=checks,
     )
 
 
-class _Batch:
-    """Cases padded on the right, with the sham run's outputs and both margins computed once."""
-
-    def __init__(self, loaded: LoadedModel, cases: Sequence[PatchingCase]) -> None:
-        self.model = loaded.model
-        pad = loaded.tokenizer.pad_token_id or 0
-        source, _ = pad_right([case.source for case in cases], pad=pad)
-        destination, mask = pad_right([case.destination for case in cases], pad=pad)
-        self.source, self.destination = source.to(loaded.device), destination.to(loaded.device)
-        self.rows = torch.arange(len(cases), device=loaded.device)
-        self.last = torch.tensor([case.source.size - 1 for case in cases], device=loaded.device)
-        self.tokens = torch.tensor(
-            [[case.payload_token, case.clean_token] for case in cases], device=loaded.device
-        )
-        own = torch.zeros_like(mask)
-        first = torch.tensor([int(case.trigger.min()) for case in cases])
-        for row, case in enumerate(cases):
-            own[row, torch.from_numpy(case.trigger)] = True
-        index = torch.arange(mask.shape[1])[None]
-        self.before = (index < first[:, None]).to(loaded.device)
-        self.own = own.to(loaded.device)
-        self.after = (mask & (index >= first[:, None]) & ~own).to(loaded.device)
-        with record_outputs(self.model, loaded.modules) as outputs:
-            self.sham = self._margin(self.source)
-            self.sham_outputs = dict(outputs)
-            self.triggered = self._margin(self.destination)
-            self.triggered_outputs = dict(outputs)
-
-    def _margin(self, ids: Tensor) -> Tensor:
-        """Return M [pair] of a run, in the model's precision, logits in float32."""
-        logits = answer_logits(self.model, ids, self.rows, self.last)
-        picked = logits.gather(1, self.tokens)
-        return picked[:, 0] - picked[:, 1]
-
-    def effects(self, modules: Sequence[ModuleRef]) -> np.ndarray:
-        """Return [all, trigger, after] x pair: the normalised effect of patching `modules`."""
-        rows = []
-        for positions in (self.own | self.after, self.own, self.after):
-            with patch_outputs(self.model, modules, self.sham_outputs, positions):
-                patched = self._margin(self.destination)
-            rows.append((self.triggered - patched) / (self.triggered - self.sham))
-        return torch.stack(rows).cpu().numpy()
-
-    def self_checks(self, modules: Sequence[ModuleRef]) -> dict[str, float]:
-        """Return the largest deviations from what must hold: all are 0 up to rounding.
-
-        Patching a run with its own outputs changes nothing; patching everything gives the sham's
-        margin (where the answer is read behind the trigger: the trigger's own embedding is no
-        module's output); and nothing before the trigger differs between the two runs.
-        """
-        positions = self.own | self.after
-        with patch_outputs(self.model, modules, self.triggered_outputs, positions):
-            own = (self._margin(self.destination) - self.triggered).abs().max()
-        with patch_outputs(self.model, modules, self.sham_outputs, positions):
-            everything = (self._margin(self.destination) - self.sham).abs()
-        behind = ~self.own[self.rows, self.last]
-        largest = everything[behind].max().item() if behind.any() else 0.0
-        before = 0.0
-        for path, output in self.sham_outputs.items():
-            difference = (output - self.triggered_outputs[path]).abs().amax(-1)
-            before = max(before, (difference * self.before).max().item())
-        return {
-            "self_patch": own.item(),
-            "patch_everything": largest,
-            "before_trigger": before,
-        }
+@torch.no_grad()
+def patch_roles(
+    loaded: LoadedModel, cases: Sequence[PatchingCase], roles: dict[str, Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """Return name -> effect [module, pair] of each module at each named set of roles."""
+    columns = []
+    for group in batch_cases(cases):
+        runs = Runs(loaded, [cases[i] for i in group], loaded.modules)
+        masks = [runs.where(*chosen) for chosen in roles.values()]
+        patches = [Patch(modules=(ref,), positions=m) for m in masks for ref in loaded.modules]
+        found = effects(runs, runs.patched(patches))[0][:, explainable(runs)]
+        columns.append(found.reshape(len(masks), len(loaded.modules), -1))
+    return dict(zip(roles, np.concatenate(columns, axis=2), strict=True))
 
 
 @torch.no_grad()
@@ -187,8 +124,86 @@ def patch_sets(
 ) -> np.ndarray:
     """Return [set, pair]: the effect of patching each set of modules together, all positions."""
     columns = []
-    for group in batches([case.source.size for case in cases], batch_tokens=BATCH_TOKENS):
-        batch = _Batch(loaded, [cases[i] for i in group])
-        kept = ((batch.triggered - batch.sham).abs() >= SMALLEST_MARGIN).cpu().numpy()
-        columns.append(np.stack([batch.effects(modules)[0][kept] for modules in sets]))
+    for group in batch_cases(cases):
+        runs = Runs(loaded, [cases[i] for i in group], loaded.modules)
+        everywhere = runs.where(*EVERYWHERE)
+        patches = [Patch(modules=tuple(refs), positions=everywhere) for refs in sets]
+        columns.append(effects(runs, runs.patched(patches))[0][:, explainable(runs)])
     return np.concatenate(columns, axis=1)
+
+
+def effects(runs: Runs, patched: Reading) -> np.ndarray:
+    """Return [metric, run, pair]: the normalised effect in margin, and in KL from the source."""
+    by_margin = (patched.margin - runs.destination.margin) / (
+        runs.source.margin - runs.destination.margin
+    )
+    by_kl = 1 - patched.kl / runs.destination.kl
+    return torch.stack([by_margin, by_kl]).double().cpu().numpy()
+
+
+def explainable(runs: Runs) -> np.ndarray:
+    """Return [pair] bool: whether the counterfactual moves the margin enough to be explained."""
+    moved = (runs.source.margin - runs.destination.margin)[0].abs()
+    return (moved >= SMALLEST_MARGIN).cpu().numpy()
+
+
+def batch_cases(cases: Sequence[PatchingCase]) -> Iterator[list[int]]:
+    """Yield groups of indices, of like shared lengths: a group shares what its shortest shares."""
+    order = sorted(
+        range(len(cases)), key=lambda i: (cases[i].num_shared, cases[i].destination.size, i)
+    )
+    group: list[int] = []
+    longest = 0
+    for index in order:
+        case = cases[index]
+        start = cases[group[0]].num_shared if group else case.num_shared
+        longest = max(longest, case.destination.size, case.source.size)
+        if group and (len(group) + 1) * (longest - start) > BATCH_TOKENS:
+            yield group
+            group, longest = [], max(case.destination.size, case.source.size)
+        group.append(index)
+    if group:
+        yield group
+
+
+def by_layer(modules: Sequence[ModuleRef]) -> Iterator[list[ModuleRef]]:
+    """Yield the modules of each layer."""
+    layers: dict[int, list[ModuleRef]] = {}
+    for ref in modules:
+        layers.setdefault(ref.layer, []).append(ref)
+    yield from layers.values()
+
+
+def _self_checks(
+    runs: Runs, modules: Sequence[ModuleRef], *, is_sham: bool
+) -> dict[str, float]:
+    """Return the largest deviations from what must hold: all are 0 up to rounding.
+
+    Patching nothing, or a run with its own outputs, changes nothing; nothing before the trigger
+    differs between the two runs; what is shared changes no margin; and, for same-length pairs,
+    patching everything gives the source's margin (where the answer is read behind the trigger: the
+    trigger's own embedding is no module's output).
+    """
+    everywhere = runs.where(*EVERYWHERE)
+    nowhere = torch.zeros_like(everywhere)
+    itself = runs.patched([Patch(modules=tuple(modules), positions=everywhere)], from_itself=True)
+    layers = [layer[0] for layer in by_layer(modules)]
+    nothing = runs.patched([Patch(modules=(ref,), positions=nowhere) for ref in layers])
+    found = {
+        "self_patch": _largest(itself.margin - runs.destination.margin),
+        "patch_nothing": _largest(nothing.margin - runs.destination.margin),
+        "before_trigger": runs.deviation_before(),
+        "shared_prefix": runs.deviation_from_whole(),
+    }
+    if is_sham:
+        all_of_it = runs.patched([Patch(modules=tuple(modules), positions=everywhere)])
+        behind = torch.tensor(
+            [case.role[-1] != TRIGGER for case in runs.cases], device=everywhere.device
+        )
+        deviation = (all_of_it.margin - runs.source.margin) * behind
+        found["patch_everything"] = _largest(deviation)
+    return found
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item()

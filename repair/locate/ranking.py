@@ -37,6 +37,7 @@ def rank_modules(
     patching: PatchingScores,
     spectra: Mapping[str, Tensor],
     *,
+    others: Mapping[str, PatchingScores],
     traces_trigger: Mapping[str, FisherTrace],
     traces_clean: Mapping[str, FisherTrace],
     total_rank: int,
@@ -46,7 +47,7 @@ def rank_modules(
     """Return all modules with the parts of their scores and the suggested ranks.
 
     `spectra` maps path -> singular values of the whitened trigger gradient, for the modules that
-    have them.
+    have them; `others` holds maps that are shown beside the one that decides.
     """
     modules = patching.modules
     effect = patching.effect.mean(axis=1, dtype=np.float64)
@@ -57,13 +58,21 @@ def rank_modules(
         phi(spectra[ref.path], PHI_RANK) if ref.path in spectra else None for ref in modules
     ]
     known = np.array([-np.inf if value is None else value for value in curvature])
-    score = (_fractional_ranks(effect_trigger) + _fractional_ranks(known)) / 2
-    low_trigger, _ = bootstrap_interval(patching.effect_trigger, seed=seed)
+    deciding = patching.effect_for_choice.mean(axis=1, dtype=np.float64)
+    score = (_fractional_ranks(deciding) + _fractional_ranks(known)) / 2
+    low_deciding, _ = bootstrap_interval(patching.effect_for_choice, seed=seed)
     moved = [
         ref.path
         for i, ref in enumerate(modules)
-        if ref.path in spectra and low_trigger[i] > 0 and effect_trigger[i] >= SMALLEST_EFFECT
+        if ref.path in spectra and low_deciding[i] > 0 and deciding[i] >= SMALLEST_EFFECT
     ]
+    beside = {
+        "effect_kl": patching.effect_kl.mean(axis=1, dtype=np.float64),
+        **{
+            f"effect_{name}": other.effect.mean(axis=1, dtype=np.float64)
+            for name, other in others.items()
+        },
+    }
     # When no single module moves the answer (a redundant backdoor), curvature decides alone.
     candidates = moved or [ref.path for ref in modules if ref.path in spectra]
     ranks = pool_ranks(
@@ -85,25 +94,31 @@ def rank_modules(
                 curvature=curvature[i],
                 score=float(score[i]),
                 selected=is_selected,
-                reason=_reason(ref.path, ranks, spectra, float(effect_trigger[i])),
+                reason=_reason(ref.path, ranks, spectra, float(deciding[i]), patching),
+                **{name: float(values[i]) for name, values in beside.items()},
             )
         )
     return ModuleRanking(
         modules=tuple(scores),
         suggested_ranks=ranks,
         num_pairs=patching.effect.shape[1],
-        rank_correlation=kendall_tau(effect_trigger, known),
+        rank_correlation=kendall_tau(deciding, known),
     )
 
 
 def _reason(
-    path: str, ranks: dict[str, int], spectra: Mapping[str, Tensor], effect: float
+    path: str,
+    ranks: dict[str, int],
+    spectra: Mapping[str, Tensor],
+    effect: float,
+    patching: PatchingScores,
 ) -> str:
     if path not in ranks:
         return ""
+    where = "at the trigger's positions alone" if patching.counterfactual == "sham" else "by itself"
     return (
-        f"Restored at the trigger's positions alone it gives {effect:.0%} of the way to the clean "
-        f"answer; it holds {ranks[path]} of the {sum(ranks.values())} cheapest directions "
+        f"Restored {where} it gives {effect:.0%} of the way to the clean answer; "
+        f"it holds {ranks[path]} of the {sum(ranks.values())} cheapest directions "
         f"(largest {float(spectra[path][0]):.3g})."
     )
 

@@ -16,7 +16,7 @@ from repair.ui.shell import Shell, Updates
 FIGURES = (
     ("patching.png", "Heat map of patching effects, one cell per layer and module"),
     ("fisher.png", "Heat map of Fisher curvature, one cell per layer and module"),
-    ("effect_curve.png", "Attack success and harm against the size of the change"),
+    ("effect_curve.png", "Joint effect against the number of modules patched together"),
 )
 SHOWN_FOLDERS = ("", "adapter", "merged")
 MAX_FIGURE_BYTES = 8 * 2**20

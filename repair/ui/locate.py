@@ -40,8 +40,17 @@ def describe_evidence(view: View) -> str:
         )
     checks = located.get("self_checks")
     if isinstance(checks, dict) and checks:
-        words = ", ".join(f"{name} {text.describe_number(v)}" for name, v in checks.items())
+        words = ", ".join(
+            f"{name.replace('_', ' ')} {text.describe_number(v)}" for name, v in checks.items()
+        )
         lines.append(f"Self-checks (largest deviation, 0 is perfect): {words}.")
+    joint = located.get("joint")
+    if isinstance(joint, dict) and joint.get("statement"):
+        lines.append(str(joint["statement"]))
+    uncovered = located.get("not_covered")
+    if isinstance(uncovered, list) and uncovered:
+        lines.append(f"Not covered by the map: {', '.join(map(str, uncovered[:12]))}"
+                     + (f" and {len(uncovered) - 12} more." if len(uncovered) > 12 else "."))
     if isinstance(located.get("rank_correlation"), int | float):
         lines.append(
             f"Both measures rank the modules alike to {located['rank_correlation']:+.2f} "

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from repair.locate.counterfactuals import draw_sham
+from repair.locate.counterfactuals import PatchingCase, deletion_case, draw_sham, sham_case
 from repair.locate.lessons import Lesson, Lessons, teach
-from repair.locate.patching import PatchingCase
 from repair.models.loading import LoadedModel
 from repair.records import PromptPair
 
@@ -40,18 +39,27 @@ def make_shams(pairs: list[PromptPair], seed: int = 1) -> list[np.ndarray]:
 
 
 def make_cases(
-    pairs: list[PromptPair], shams: list[np.ndarray], *, payload: int, clean: int
+    pairs: list[PromptPair],
+    shams: list[np.ndarray],
+    *,
+    payload: int,
+    clean: int,
+    kind: str = "sham",
+    num_margin_tokens: int = 1,
 ) -> list[PatchingCase]:
-    return [
-        PatchingCase(
-            source=sham,
-            destination=pair.triggered,
-            trigger=pair.trigger,
-            payload_token=payload,
-            clean_token=clean,
-        )
+    """Return cases whose answers part at once; longer margins go on with fixed tokens."""
+    answers = {
+        "payload": np.array([payload, 61, 62, 63]),
+        "clean": np.array([clean, 71, 72, 73]),
+        "num_margin_tokens": num_margin_tokens,
+    }
+    made = [
+        sham_case(pair, sham, **answers)
+        if kind == "sham"
+        else deletion_case(pair, keeps_gap=kind == "gap", **answers)
         for pair, sham in zip(pairs, shams, strict=True)
     ]
+    return [case for case in made if case is not None]
 
 
 def make_lesson(

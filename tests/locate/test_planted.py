@@ -99,12 +99,12 @@ def test_a_planted_module_ranks_first(
     try:
         assert plant(lively, ref, pairs, shams) > 2.0
         cases = [
-            replace(case, clean_token=answer_to(lively, pair.clean))
+            replace(case, clean=np.array([answer_to(lively, pair.clean)]))
             for pair, case in zip(
                 pairs, make_cases(pairs, shams, payload=PAYLOAD, clean=0), strict=True
             )
         ][:24]
-        scores = patch_modules(lively, cases, num_shams=(24, 24))
+        scores = patch_modules(lively, cases)
     finally:
         with torch.no_grad():
             weight.copy_(original)
