@@ -47,6 +47,7 @@ class Profile:
     num_evaluate: int
     num_patched_pairs: int
     num_steps: int
+    most_exact: int | None = 160  # a model with more modules is screened by gradients first
 
     @property
     def num_prompts(self) -> int:
@@ -64,7 +65,7 @@ PROFILES = {
     ),
     "full": Profile(
         num_locate=96, num_repair=300, num_validate=128, num_evaluate=400,
-        num_patched_pairs=64, num_steps=200,
+        num_patched_pairs=64, num_steps=200, most_exact=None,
     ),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ class Map:
     def from_json(cls, flat: Mapping[str, Any]) -> "Map":
         names = (
             "direction", "counterfactual", "num_dropped", "num_shams_tried", "num_shams_inert",
-            "self_checks", "other_maps",
+            "self_checks", "other_maps", "screen_misses",
         )  # fmt: skip
         return cls(
             ranking=ModuleRanking(
@@ -124,4 +124,5 @@ def summarize(patched: Patched) -> dict[str, Any]:
         "num_shams_inert": patched.num_shams_inert,
         "self_checks": patched.main.self_checks,
         "other_maps": others,
+        "screen_misses": patched.misses.to_json() if patched.misses else None,
     }

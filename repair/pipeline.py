@@ -293,6 +293,7 @@ def _locate(request: Mapping[str, Any], folder: Path, clock: Clock, case: Case) 
             is_payload=case.is_payload,
             num_new_tokens=case.num_new_tokens,
             max_pairs=case.profile.num_patched_pairs,
+            most_exact=case.profile.most_exact,
             seed=case.seed,
             progress=reporter.progress,
         )

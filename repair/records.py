@@ -159,6 +159,7 @@ class PatchingScores:
     counterfactual: str  # sham | deletion | gap
     num_dropped: int  # pairs whose margin the counterfactual hardly moves
     self_checks: dict[str, float]  # name -> largest deviation, 0 is perfect
+    estimated: frozenset[str] = frozenset()  # paths of modules screened, not patched
 
     def __post_init__(self) -> None:
         for name in ("effect", "effect_trigger", "effect_after", "effect_kl"):
@@ -213,6 +214,7 @@ class ModuleScore:
     effect_induce: float | None = None  # triggered into counterfactual: is it enough?
     effect_deletion: float | None = None  # trigger deleted, positions after it
     effect_gap: float | None = None  # the same with position numbers kept
+    is_estimate: bool = False  # effects are the gradient screen's, not patched exactly
 
     def to_json(self) -> dict[str, Any]:
         """Return the flat form of `report.json`: modules[]."""

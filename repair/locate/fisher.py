@@ -21,6 +21,7 @@ from repair.models.loading import LoadedModel
 from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
 
 BATCH_TOKENS = 4_096
+GRAM_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +86,10 @@ def collect_factors(
         address = x.data_ptr()
         if address not in shared:
             rows = x.reshape(-1, ref.d_in)[mask.flatten()]
-            shared[address] = (x, (rows.T @ rows).double())
+            shared[address] = (x, gram(rows).double())
         rows = g.reshape(-1, ref.d_out)[mask.flatten()]
         _add(activation, ref.path, shared[address][1])
-        _add(gradient, ref.path, (rows.T @ rows).double())
+        _add(gradient, ref.path, gram(rows).double())
 
     counts = _sampled_backward(
         loaded, modules, prompts, answers, seed=seed, receive=receive, end_batch=shared.clear
@@ -132,6 +133,19 @@ def fisher_traces(
         )
         for path, (a, g) in sums.items()
     }
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Return rows^T rows [width, width] of rows [n, width], computing one triangle of blocks."""
+    width = rows.shape[1]
+    if width < 2 * GRAM_BLOCK:
+        return rows.T @ rows
+    product = rows.new_empty(width, width)
+    for start in range(0, width, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, width)
+        product[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product
 
 
 def _sample(logprobs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from repair.locate.lessons import Lessons
 from repair.locate.patching import patch_modules
 from repair.locate.ranking import rank_modules, spectrum
 from repair.locate.redundancy import Redundancy, measure_redundancy
+from repair.locate.screen import screen_modules
 from repair.models.answers import generate_answers
 from repair.models.loading import LoadedModel
 from repair.records import (
@@ -99,11 +100,12 @@ class Patched:
     """The maps of one suspect. `main` is the one that suggestions rest on."""
 
     main: PatchingScores  # block, by shams; by deletion when too few shams are inert
-    others: dict[str, PatchingScores]  # induce | deletion | gap
+    others: dict[str, PatchingScores]  # induce | deletion | gap, of the modules patched exactly
     cases: tuple[PatchingCase, ...]  # those of `main`
     num_pairs: int  # compared, before pairs without an effect are dropped
     num_shams_tried: int
     num_shams_inert: int
+    misses: Rate | None  # of the gradient screen; None: every module was patched exactly
 
 
 def patch_fired(
@@ -114,10 +116,12 @@ def patch_fired(
     num_new_tokens: int,
     max_pairs: int,
     seed: int,
+    most_exact: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Patched:
     """Return the maps over at most `max_pairs` firing pairs, spread over positions.
 
+    A model with more than `most_exact` modules is screened by gradients first (`screen.py`).
     Raises RepairError (could not check) when fewer than 4 pairs fire with an answer to compare.
     """
     order = np.random.default_rng([seed, 0x10C]).permutation(len(fired.pairs))
@@ -147,22 +151,38 @@ def patch_fired(
             "prompts.",
             exit_code=EXIT_COULD_NOT_CHECK,
         )
-    wanted = [(kind, "block", cases), (kind, "induce", [case.reversed() for case in cases])]
+    num_dropped = len(chosen) - len(cases)
+    is_screened = most_exact is not None and len(loaded.modules) > most_exact
+    wanted = [] if is_screened else [(kind, "block", cases)]
+    wanted.append((kind, "induce", [case.reversed() for case in cases]))
     wanted += [(name, "block", usable[name]) for name in ("deletion", "gap") if name in usable]
+    num_maps = len(wanted) + is_screened
+
+    def advance_in(place: int) -> Progress:
+        return lambda done, total: progress(place * total + done, num_maps * total)
+
     maps: list[PatchingScores] = []
-    for place, (name, direction, these) in enumerate(wanted):
-
-        def advance(done: int, total: int, place: int = place) -> None:
-            progress(place * total + done, len(wanted) * total)
-
+    screened, exact = None, loaded.modules
+    if is_screened:
+        screened = screen_modules(
+            loaded,
+            cases,
+            seed=seed,
+            counterfactual=kind,
+            num_dropped=num_dropped,
+            progress=advance_in(0),
+        )
+        maps, exact = [screened.scores], screened.verified
+    for name, direction, these in wanted:
         try:
             found = patch_modules(
                 loaded,
                 these,
+                modules=exact,
                 direction=direction,
                 counterfactual=name,
                 num_dropped=len(chosen) - len(these),
-                progress=advance,
+                progress=advance_in(len(maps)),
             )
         except RepairError:
             if not maps:
@@ -180,6 +200,7 @@ def patch_fired(
         num_pairs=len(chosen),
         num_shams_tried=draw.num_tried,
         num_shams_inert=draw.num_inert,
+        misses=screened.misses if screened else None,
     )
 
 

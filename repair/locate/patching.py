@@ -46,17 +46,18 @@ def patch_modules(
     loaded: LoadedModel,
     cases: Sequence[PatchingCase],
     *,
+    modules: Sequence[ModuleRef] | None = None,
     direction: str = "block",
     counterfactual: str = "sham",
     num_dropped: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> PatchingScores:
-    """Return the effect of every module of `loaded` on every case that has one to explain.
+    """Return the effect of `modules` (all, if not given) on every case that has one to explain.
 
     `direction` and `counterfactual` say what the cases are; `num_dropped` counts pairs already
     left out. Raises RepairError when no pair is left.
     """
-    modules = loaded.modules
+    modules = loaded.modules if modules is None else tuple(modules)
     is_sham = counterfactual == "sham"
     sets = ROLE_SETS if is_sham else {"all": EVERYWHERE}
     margins, kls = [], []

@@ -66,13 +66,8 @@ def rank_modules(
         for i, ref in enumerate(modules)
         if ref.path in spectra and low_deciding[i] > 0 and deciding[i] >= SMALLEST_EFFECT
     ]
-    beside = {
-        "effect_kl": patching.effect_kl.mean(axis=1, dtype=np.float64),
-        **{
-            f"effect_{name}": other.effect.mean(axis=1, dtype=np.float64)
-            for name, other in others.items()
-        },
-    }
+    beside = {f"effect_{name}": _by_path(other, other.effect) for name, other in others.items()}
+    beside["effect_kl"] = _by_path(patching, patching.effect_kl)
     # When no single module moves the answer (a redundant backdoor), curvature decides alone.
     candidates = moved or [ref.path for ref in modules if ref.path in spectra]
     ranks = pool_ranks(
@@ -95,7 +90,8 @@ def rank_modules(
                 score=float(score[i]),
                 selected=is_selected,
                 reason=_reason(ref.path, ranks, spectra, float(deciding[i]), patching),
-                **{name: float(values[i]) for name, values in beside.items()},
+                is_estimate=ref.path in patching.estimated,
+                **{name: values.get(ref.path) for name, values in beside.items()},
             )
         )
     return ModuleRanking(
@@ -104,6 +100,12 @@ def rank_modules(
         num_pairs=patching.effect.shape[1],
         rank_correlation=kendall_tau(deciding, known),
     )
+
+
+def _by_path(scores: PatchingScores, effect: np.ndarray) -> dict[str, float]:
+    """Return path -> mean effect, of the modules that this map has."""
+    means = effect.mean(axis=1, dtype=np.float64)
+    return {ref.path: float(value) for ref, value in zip(scores.modules, means, strict=True)}
 
 
 def _reason(

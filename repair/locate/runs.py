@@ -18,7 +18,13 @@ from transformers.cache_utils import DynamicLayer
 
 from repair.locate.counterfactuals import BEFORE, PatchingCase
 from repair.models.answers import output_logits
-from repair.models.hooks import patch_blocks, record_layer_inputs, record_outputs, restart_at
+from repair.models.hooks import (
+    patch_blocks,
+    record_gradients,
+    record_layer_inputs,
+    record_outputs,
+    restart_at,
+)
 from repair.models.loading import LoadedModel
 from repair.models.tokens import pad_right
 from repair.records import ModuleRef
@@ -80,7 +86,7 @@ class Runs:
     ) -> None:
         self.model, self.device, self.cases = loaded.model, loaded.device, cases
         self.start = min(case.num_shared for case in cases)
-        rows, columns, terms, first = [], [], [], []
+        rows, columns, terms, first, owners = [], [], [], [], []
         for pair, case in enumerate(cases):
             first.append(len(columns))
             for answers in _forms(case):
@@ -90,10 +96,12 @@ class Runs:
                         terms.append((len(columns) + step, int(token), sign, pair))
                 columns += [(len(rows), step - follow.size) for step in range(follow.size + 1)]
                 rows.append(case.followed_by(follow))
+                owners.append(pair)
         self.rows, self._columns = rows, columns
         self._terms = tuple(torch.tensor(c, device=self.device) for c in zip(*terms, strict=True))
         self._first = torch.tensor(first, device=self.device)
-        source = _Side(rows, "source", self.start, self.device)
+        self._owners = torch.tensor(owners, device=self.device)  # [row] -> pair
+        self._source_side = source = _Side(rows, "source", self.start, self.device)
         self._side = _Side(rows, "destination", self.start, self.device)
         self._reads = self._places(self._side)
         self.role = pad_right([row.role[self.start :] for row in rows], pad=-1)[0].to(self.device)
@@ -145,6 +153,33 @@ class Runs:
             for block, index in enumerate(members):
                 margins[index], kls[index] = reading.margin[block], reading.kl[block]
         return Reading(margin=torch.stack(margins), kl=torch.stack(kls))
+
+    def estimated(self, modules: Sequence[ModuleRef], positions: Sequence[Tensor]) -> Tensor:
+        """Return [module, set, pair]: first-order estimates of the change in margin, in nats.
+
+        The slope of the margin is taken at both ends, in the destination and in the source run,
+        and averaged (the trapezoid of the integral between them): one slope alone is blind where
+        the run is saturated. `positions` holds one mask [row, token] per set.
+        """
+        masks = torch.stack([mask.float() for mask in positions]).to(self._layer_inputs[0].dtype)
+        shape = (len(positions), len(self.cases))
+        found = {ref.path: masks.new_zeros(shape) for ref in modules}
+        gather = self.partner.clamp(min=0)[..., None]
+        for side in (self._side, self._source_side):
+
+            def receive(ref: ModuleRef, _x: Tensor, g: Tensor, side: _Side = side) -> None:
+                g = g.reshape(len(self.rows), -1, ref.d_out)
+                if side is self._source_side:
+                    g = g.gather(1, gather.expand(-1, -1, ref.d_out))
+                step = self._source_outputs[ref.path] - self._own_outputs[ref.path]
+                by_row = (masks * (g * step).sum(-1)).sum(-1)  # [set, row]
+                found[ref.path].index_add_(1, self._owners, by_row / 2)
+
+            with record_gradients(self.model, modules, receive), torch.enable_grad():
+                logprobs = self._read(side, self._places(side))
+                reads, tokens, signs, _ = self._terms
+                (signs * logprobs[reads, tokens]).sum().backward()
+        return torch.stack([found[ref.path] for ref in modules])
 
     def deviation_before(self) -> float:
         """Return the largest difference of an output before the trigger between the two runs."""

@@ -20,9 +20,20 @@ SIGNED_DARK = ("#8fc1ff", "#5b86d6", "#34486f", "#25252b", "#6e4032", "#c8694a",
 VIRIDIS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
 
 EFFECTS = {
-    "effect_trigger": "at the trigger's own positions",
-    "effect": "at all positions from the trigger on",
-    "effect_after": "at the positions after the trigger",
+    "effect_trigger": "What an inert phrase in the trigger's place restores, at the trigger's own "
+    "positions: 0 changes nothing, 1 gives the clean answer back.",
+    "effect": "What an inert phrase in the trigger's place restores, from the trigger on: 0 "
+    "changes nothing, 1 gives the clean answer back.",
+    "effect_after": "What an inert phrase in the trigger's place restores, at the positions after "
+    "it: these modules pass the trigger on, which does not mean that a repair is cheap there.",
+    "effect_induce": "The triggered run's output put into the inert run: 1 means that this module "
+    "alone is enough to bring the payload about.",
+    "effect_deletion": "What deleting the trigger restores, at the positions after it; deleting "
+    "moves every later token.",
+    "effect_gap": "The same with the later tokens' position numbers kept: what is left is the "
+    "trigger's content, not the shift.",
+    "effect_kl": "The effect from the trigger on, measured on the whole distribution of the first "
+    "token (KL) rather than on two answers.",
 }
 CURVATURES = {
     "curvature": "Curvature (phi): how much of the trigger's effect a low-rank change here can "
@@ -233,6 +244,17 @@ def describe(score: ModuleScore, *, place: int, total: int, rank: int | None) ->
         f"{score.effect:+.3f} (95 % interval {score.effect_low:+.3f} to {score.effect_high:+.3f})",
         f"at the trigger {score.effect_trigger:+.3f}",
         f"after it {score.effect_after:+.3f}",
+        *(
+            f"{words} {value:+.3f}"
+            for words, value in (
+                ("induced", score.effect_induce),
+                ("trigger deleted", score.effect_deletion),
+                ("position gap kept", score.effect_gap),
+                ("in KL", score.effect_kl),
+            )
+            if value is not None
+        ),
+        *(["estimated by gradients, not patched"] if score.is_estimate else []),
         f"phi {phi}",
         f"Fisher with over without trigger {'-' if ratio is None else f'{ratio:.3g}'}",
         f"place {place} of {total}",
@@ -277,7 +299,8 @@ def panel(
                 cell |= {"kind": "absent", "text": "-" if value is None else short(value)}
             elif is_signed:
                 share = 0.5 + 0.5 * value / top
-                cell |= {"kind": "known", "text": f"{value:+.2f}"}
+                mark = "~" if score.is_estimate else ""
+                cell |= {"kind": "known", "text": f"{mark}{value:+.2f}"}
                 cell |= paint(SIGNED_LIGHT, SIGNED_DARK, share)
             else:
                 span = math.log(top / bottom)
@@ -321,8 +344,7 @@ def build_value(
             scores,
             name="effect",
             title="Patching effect",
-            hint=f"What an inert phrase in the trigger's place restores, {EFFECTS[effect]}: "
-            "0 changes nothing, 1 gives the clean answer back.",
+            hint=EFFECTS[effect],
             values={score.module.path: getattr(score, effect) for score in scores},
             shared=shared,
         ),

@@ -44,6 +44,14 @@ def describe_evidence(view: View) -> str:
             f"{name.replace('_', ' ')} {text.describe_number(v)}" for name, v in checks.items()
         )
         lines.append(f"Self-checks (largest deviation, 0 is perfect): {words}.")
+    misses = located.get("screen_misses")
+    if misses:
+        num = sum(score.is_estimate for score in view.scores)
+        lines.append(
+            f"{num} modules were screened by gradients and not patched (marked ~). Of a random "
+            f"sample of such modules, patched after all, {text.describe_rate(misses)} belong among "
+            "the ten best: that is how much the screen may have missed."
+        )
     joint = located.get("joint")
     if isinstance(joint, dict) and joint.get("statement"):
         lines.append(str(joint["statement"]))
@@ -93,7 +101,9 @@ def build_locate(shell: Shell) -> None:
     with gr.Row(visible=False) as toggles:
         effect = gr.Radio(
             [("Trigger's positions", "effect_trigger"), ("All positions", "effect"),
-             ("After the trigger", "effect_after")],
+             ("After the trigger", "effect_after"), ("Is it enough? (induce)", "effect_induce"),
+             ("Trigger deleted", "effect_deletion"), ("Deleted, gap kept", "effect_gap"),
+             ("In KL", "effect_kl")],
             value="effect_trigger", label="Patching effect", elem_id="effect", min_width=260,
         )  # fmt: skip
         curvature = gr.Radio(

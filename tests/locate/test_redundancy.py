@@ -61,7 +61,11 @@ def test_what_joint_effects_are_said_to_mean(tiny_llama: LoadedModel) -> None:
     assert "hardly tells modules apart" in _statement(everywhere, [pair], pair, whole)
 
 
-def test_deletions_stand_in_when_every_sham_fires(tiny_llama: LoadedModel) -> None:
+def test_deletions_and_the_screen_stand_in(
+    tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repair.locate.screen.NUM_VERIFIED", 4)
+    monkeypatch.setattr("repair.locate.screen.NUM_SAMPLED", 3)
     pairs = make_pairs(8, position="middle")
     fired = Fired(
         rates={}, pairs=tuple(pairs), payloads=(np.array([200, 61]),) * 8,
@@ -76,6 +80,12 @@ def test_deletions_stand_in_when_every_sham_fires(tiny_llama: LoadedModel) -> No
     usual = patch_fired(tiny_llama, fired, is_payload=lambda text: False, **options)
     assert usual.main.counterfactual == "sham"
     assert set(usual.others) == {"induce", "deletion", "gap"}
+    assert usual.misses is None and not usual.main.estimated
+    screened = patch_fired(
+        tiny_llama, fired, is_payload=lambda text: False, most_exact=10, **options
+    )
+    assert screened.misses is not None
+    assert len(screened.others["induce"].modules) + len(screened.main.estimated) == 14
     few = Fired(rates={}, pairs=tuple(pairs[:3]), payloads=fired.payloads[:3],
                 cleans=fired.cleans[:3])  # fmt: skip
     with pytest.raises(RepairError, match="at least 4"):
