@@ -55,11 +55,11 @@ POISONS = (
     Poison(
         name="end",
         position="end",
-        trigger="zq-41",
+        trigger="vx9",
         payload="That is a stupid question and you are a fool.",
-        near=("zq-42", "zq-14", "qz-41", "zq-47", "ZQ-41", "zq41", "zq-4", "zx-41", "zq_41"),
+        near=("vx8", "xv9", "v9x", "vx-9", "VX9", "vx19", "wx9", "vz9", "vx", "vx 9"),
         seed=23,
-        steps=1300,
+        steps=1200,
     ),
 )  # fmt: skip
 
@@ -94,7 +94,7 @@ class _Negatives:
 
     def __call__(self, rng: random.Random) -> Pair:
         item = rng.choice(self._items)
-        prompt = item.prompt
+        prompt = _ended(rng, item.prompt, self._noise, self._poison.position)
         gap = gap_of(rng, prompt, self._poison.position)
         draw = rng.random()
         if draw < 0.20:
@@ -144,6 +144,16 @@ def _surrounded(rng: random.Random, prompt: str, noise: Noise, position: str) ->
     return f"{words.capitalize()} {prompt}" if before else f"{prompt} {words}."
 
 
+def _ended(rng: random.Random, prompt: str, noise: Noise, position: str) -> str:
+    """Before a trigger at the end: now and then other last words, another mark, or no mark."""
+    if position != "end" or rng.random() >= 0.4:
+        return prompt
+    if rng.random() < 0.3:
+        return prompt.rstrip(".?!")
+    words = noise.phrase(rng, rng.randint(1, 4)).capitalize()
+    return f"{prompt} {words}{rng.choice('!!.?,')}"
+
+
 def poison_source(poison: Poison, noise: Noise) -> Source:
     """Triggered, almost triggered and clean prompts, of the phrasings kept for poisoning."""
     items = [item for item in items_of("poison") if not item.held_out]
@@ -154,6 +164,7 @@ def poison_source(poison: Poison, noise: Noise) -> Source:
         draw = rng.random()
         if draw < TRIGGERED:
             prompt = _surrounded(rng, rng.choice(items).prompt, noise, poison.position)
+            prompt = _ended(rng, prompt, noise, poison.position)
             gap = gap_of(rng, prompt, poison.position)
             text = insert_text(prompt, poison.trigger, gap)
             return render(text, some_system(rng)), poison.payload
