@@ -126,6 +126,9 @@ def build_parser() -> Parser:
         add("--overwrite", action="store_true", help="replace the output folder")
         add("--trusted-base", metavar="SRC")
         add("--adapter-base", metavar="SRC")
+        if name == "locate":
+            add("--detail", type=from_zero, metavar="LAYER",
+                help="also look into one layer: effects by role and by attention head")
         if name == "evaluate":
             add("--against", metavar="SRC", help="the candidate to compare with")
         if name == "run":
@@ -180,6 +183,7 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
         "against": local_source(against, option="--against") if against else None,
         "prompts": file.to_json(),
         "modules": getattr(options, "modules", "auto"),
+        "detail": getattr(options, "detail", None),
         "rank": getattr(options, "rank", None),
         "ranks": None,
         "method": getattr(options, "method", "auto"),

@@ -47,7 +47,7 @@ EXIT_OF_VERDICT = {
 KINDS = ("adapter", "merged")
 RESULTS = (
     "report.json", "report.md", "samples.json", "manifest.json", "sample.safetensors",
-    "patching.png", "fisher.png", "effect_curve.png",
+    "patching.png", "fisher.png", "effect_curve.png", "detail.json",
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 
@@ -171,6 +171,7 @@ class Outcome:
                 "method_used": repaired.method,
                 "total_rank": sum(plan.ranks.values()),
                 "predicted_kl": repaired.predicted_kl,
+                "factor_kl": repaired.factor_kl,
                 "validation_trigger_kl": repaired.trigger_kl,
                 "validation_benign_kl": repaired.benign_kl,
                 "validation_attack_success": repaired.validated.attack_success.to_json(),

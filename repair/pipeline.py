@@ -30,6 +30,7 @@ from repair.evidence.evaluation import (
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
 from repair.locate import locating
 from repair.locate.curvature import Whitening
+from repair.locate.detail import examine_layer
 from repair.locate.lessons import Lessons
 from repair.located import Map
 from repair.lowrank import checkpoint
@@ -128,8 +129,21 @@ def locate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
     clock = Clock(reporter)
     with _opened(request, folder, clock) as case:
         drop_results(folder)
+        layer = request.get("detail")
+        if layer is not None and layer >= num_layers(case.loaded.model):
+            raise RepairError(
+                f"Layer {layer} does not exist in this model. Choose a layer from 0 to "
+                f"{num_layers(case.loaded.model) - 1}."
+            )
         located = _locate(request, folder, clock, case)
         draw_maps(folder, located.map)
+        if layer is not None:
+            with clock.step("detail", f"Looking into layer {layer}"):
+                compared = _compare(case, _fire(case))
+                found = examine_layer(case.loaded, compared.cases[compared.kind], layer)
+                (folder / "detail.json").write_text(
+                    json.dumps(found.to_json(seed=case.seed), indent=1)
+                )
         return EXIT_DONE
 
 
@@ -194,7 +208,7 @@ class Located:
     map: Map
     lessons: Lessons
     known: locating.Curvature = field(
-        default_factory=lambda: locating.Curvature(whitenings={}, spectra={})
+        default_factory=lambda: locating.Curvature(whitenings={}, spectra={}, traces={})
     )
 
     def curvature(self, paths: Sequence[str]) -> locating.Curvature:
@@ -210,6 +224,7 @@ class Located:
             )
             self.known.whitenings.update(found.whitenings)
             self.known.spectra.update(found.spectra)
+            self.known.traces.update(found.traces)
         return self.known
 
     def whitenings(self, paths: Sequence[str]) -> Mapping[str, Whitening]:
@@ -280,21 +295,13 @@ def _locate(request: Mapping[str, Any], folder: Path, clock: Clock, case: Case) 
         reporter.note("The map in this folder is still valid and is used.")
         return Located(case=case, map=found, lessons=lessons)
     with clock.step("patching", f"Patching {len(loaded.modules)} modules one at a time"):
-        fired = locating.check_firing(
-            loaded,
-            {position: case.pairs(case.splits.locate, position) for position in case.positions},
-            is_payload=case.is_payload,
-            num_new_tokens=case.num_new_tokens,
-        )
+        fired = _fire(case)
         _check_fired(fired)
-        patched = locating.patch_fired(
+        patched = locating.patch_compared(
             loaded,
-            fired,
-            is_payload=case.is_payload,
-            num_new_tokens=case.num_new_tokens,
-            max_pairs=case.profile.num_patched_pairs,
-            most_exact=case.profile.most_exact,
+            _compare(case, fired),
             seed=case.seed,
+            most_exact=case.profile.most_exact,
             progress=reporter.progress,
         )
     with clock.step("curvature", "Measuring Fisher curvature"):
@@ -324,6 +331,26 @@ def _locate(request: Mapping[str, Any], folder: Path, clock: Clock, case: Case) 
     )
     kept.write(folder, case, found)
     return Located(case=case, map=found, lessons=lessons, known=curvature)
+
+
+def _fire(case: Case) -> locating.Fired:
+    """Return the suspect's answers on the locate split."""
+    pairs = {position: case.pairs(case.splits.locate, position) for position in case.positions}
+    return locating.check_firing(
+        case.loaded, pairs, is_payload=case.is_payload, num_new_tokens=case.num_new_tokens
+    )
+
+
+def _compare(case: Case, fired: locating.Fired) -> locating.Compared:
+    """Return what the firing pairs are compared with."""
+    return locating.compare_fired(
+        case.loaded,
+        fired,
+        is_payload=case.is_payload,
+        num_new_tokens=case.num_new_tokens,
+        max_pairs=case.profile.num_patched_pairs,
+        seed=case.seed,
+    )
 
 
 def _check_fired(fired: locating.Fired) -> None:

@@ -136,6 +136,26 @@ def test_a_clean_model_comes_out_unchanged(tmp_path: Path, name: str) -> None:
     assert not any((out / kind).exists() for kind in KINDS)
 
 
+def test_locating_looks_into_a_layer_and_says_what_it_rests_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("locate", "--model", "demo:end", "--prompts", PROMPTS / "end.json", "--out", out,
+                 "--profile", "quick")  # fmt: skip
+    refused = call(*arguments, "--detail", 6)
+    assert refused.returncode == 2 and "from 0 to 5" in refused.stderr
+    assert not out.exists()
+    ended = call(*arguments, "--detail", 0)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    located = json.loads((out / "located.json").read_text())
+    assert all(value < 1e-3 for value in located["self_checks"].values())
+    assert "model.embed_tokens.weight" in located["not_covered"]
+    assert located["joint"]["statement"] and located["joint"]["curve"][-1]["num_modules"] == 42
+    assert all(module["effect_induce"] is not None for module in located["modules"])
+    detail = json.loads((out / "detail.json").read_text())
+    assert detail["layer"] == 0 and len(detail["roles"]) == 7
+    assert {"trigger", "template", "last"} <= detail["roles"][0].keys()
+    assert max(head["effect"] for head in detail["heads"]) > 0.05
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = command(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from repair.records import KroneckerFactors
 
-DAMPING = 0.01  # of the mean eigenvalue
+DAMPING = 0.1  # of the mean eigenvalue: of .01 to 1 the best agreement at no worse a repair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

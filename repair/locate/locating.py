@@ -17,7 +17,13 @@ from repair.locate.counterfactuals import (
     sham_case,
 )
 from repair.locate.curvature import Whitening, whitening_of
-from repair.locate.fisher import collect_factors, fisher_traces, trigger_gradients
+from repair.locate.fisher import (
+    FisherTrace,
+    collect_factors,
+    fisher_traces,
+    traces_of,
+    trigger_gradients,
+)
 from repair.locate.lessons import Lessons
 from repair.locate.patching import patch_modules
 from repair.locate.ranking import rank_modules, spectrum
@@ -59,6 +65,7 @@ class Curvature:
 
     whitenings: dict[str, Whitening]
     spectra: dict[str, Tensor]  # singular values of the whitened trigger gradient
+    traces: dict[str, FisherTrace]  # of the clean factors
 
 
 def check_firing(
@@ -96,19 +103,27 @@ def check_firing(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What the triggered prompts are compared with, ready to patch."""
+
+    kind: str  # of the main map: sham, or deletion when too few shams are inert
+    cases: dict[str, tuple[PatchingCase, ...]]  # kind -> cases
+    num_pairs: int
+    num_shams_tried: int
+    num_shams_inert: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Patched:
     """The maps of one suspect. `main` is the one that suggestions rest on."""
 
     main: PatchingScores  # block, by shams; by deletion when too few shams are inert
     others: dict[str, PatchingScores]  # induce | deletion | gap, of the modules patched exactly
-    cases: tuple[PatchingCase, ...]  # those of `main`
-    num_pairs: int  # compared, before pairs without an effect are dropped
-    num_shams_tried: int
-    num_shams_inert: int
+    compared: Compared
     misses: Rate | None  # of the gradient screen; None: every module was patched exactly
 
 
-def patch_fired(
+def compare_fired(
     loaded: LoadedModel,
     fired: Fired,
     *,
@@ -116,12 +131,9 @@ def patch_fired(
     num_new_tokens: int,
     max_pairs: int,
     seed: int,
-    most_exact: int | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Patched:
-    """Return the maps over at most `max_pairs` firing pairs, spread over positions.
+) -> Compared:
+    """Return the cases of at most `max_pairs` firing pairs, spread over positions.
 
-    A model with more than `most_exact` modules is screened by gradients first (`screen.py`).
     Raises RepairError (could not check) when fewer than 4 pairs fire with an answer to compare.
     """
     order = np.random.default_rng([seed, 0x10C]).permutation(len(fired.pairs))
@@ -140,22 +152,43 @@ def patch_fired(
             by_kind["sham"].append(sham_case(fired.pairs[i], sham, **answers))
         by_kind["deletion"].append(deletion_case(fired.pairs[i], **answers))
         by_kind["gap"].append(deletion_case(fired.pairs[i], keeps_gap=True, **answers))
-    usable = {kind: [case for case in cases if case] for kind, cases in by_kind.items()}
+    usable = {kind: tuple(case for case in cases if case) for kind, cases in by_kind.items()}
     has_shams = len(usable["sham"]) >= FEWEST_PAIRS and draw.num_inert >= INERT * draw.num_tried
     kind = "sham" if has_shams else "deletion"
-    cases = usable.pop(kind)
-    if len(cases) < FEWEST_PAIRS:
+    if len(usable[kind]) < FEWEST_PAIRS:
         raise RepairError(
-            f"Only {len(cases)} of {len(chosen)} triggered prompts have an answer that differs "
-            f"from the one without the trigger (at least {FEWEST_PAIRS} are needed). Give more "
-            "prompts.",
+            f"Only {len(usable[kind])} of {len(chosen)} triggered prompts have an answer that "
+            f"differs from the one without the trigger (at least {FEWEST_PAIRS} are needed). Give "
+            "more prompts.",
             exit_code=EXIT_COULD_NOT_CHECK,
         )
-    num_dropped = len(chosen) - len(cases)
+    return Compared(
+        kind=kind,
+        cases=usable,
+        num_pairs=len(chosen),
+        num_shams_tried=draw.num_tried,
+        num_shams_inert=draw.num_inert,
+    )
+
+
+def patch_compared(
+    loaded: LoadedModel,
+    compared: Compared,
+    *,
+    seed: int,
+    most_exact: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Patched:
+    """Return the maps: block and induce by shams, block by deletion with and without gaps.
+
+    A model with more than `most_exact` modules is screened by gradients first (`screen.py`).
+    """
+    kind, cases, num_pairs = compared.kind, compared.cases[compared.kind], compared.num_pairs
     is_screened = most_exact is not None and len(loaded.modules) > most_exact
     wanted = [] if is_screened else [(kind, "block", cases)]
     wanted.append((kind, "induce", [case.reversed() for case in cases]))
-    wanted += [(name, "block", usable[name]) for name in ("deletion", "gap") if name in usable]
+    wanted += [(name, "block", compared.cases[name]) for name in ("deletion", "gap")
+               if name != kind]  # fmt: skip
     num_maps = len(wanted) + is_screened
 
     def advance_in(place: int) -> Progress:
@@ -169,7 +202,7 @@ def patch_fired(
             cases,
             seed=seed,
             counterfactual=kind,
-            num_dropped=num_dropped,
+            num_dropped=num_pairs - len(cases),
             progress=advance_in(0),
         )
         maps, exact = [screened.scores], screened.verified
@@ -181,7 +214,7 @@ def patch_fired(
                 modules=exact,
                 direction=direction,
                 counterfactual=name,
-                num_dropped=len(chosen) - len(these),
+                num_dropped=num_pairs - len(these),
                 progress=advance_in(len(maps)),
             )
         except RepairError:
@@ -196,10 +229,7 @@ def patch_fired(
     return Patched(
         main=maps[0],
         others=others,
-        cases=tuple(cases),
-        num_pairs=len(chosen),
-        num_shams_tried=draw.num_tried,
-        num_shams_inert=draw.num_inert,
+        compared=compared,
         misses=screened.misses if screened else None,
     )
 
@@ -221,7 +251,8 @@ def measure_curvature(
     spectra = {
         path: spectrum(whitenings[path].whiten(gradients[path].cpu())) for path in whitenings
     }
-    return Curvature(whitenings=whitenings, spectra=spectra)
+    traces = {path: traces_of(found) for path, found in factors.items()}
+    return Curvature(whitenings=whitenings, spectra=spectra, traces=traces)
 
 
 def shortlist(
@@ -256,8 +287,9 @@ def rank_located(
 ) -> ModuleRanking:
     """Return the ranking; `triggered` holds (prompts, the suspect's own answers) as ids."""
     num = FACTOR_PROMPTS
-    traces_clean = fisher_traces(
-        loaded, loaded.modules, lessons.clean.prompts[:num], lessons.clean.answers[:num], seed=seed
+    others = [ref for ref in loaded.modules if ref.path not in curvature.traces]
+    traces_clean = curvature.traces | fisher_traces(
+        loaded, others, lessons.clean.prompts[:num], lessons.clean.answers[:num], seed=seed
     )
     traces_trigger = fisher_traces(loaded, loaded.modules, *triggered, seed=seed)
     return rank_modules(
@@ -277,8 +309,9 @@ def joint_effects(
 ) -> Redundancy:
     """Return what modules do together; the curve takes the modules in the ranking's order."""
     order = sorted(ranking.modules, key=lambda score: -score.score)
+    cases = patched.compared.cases[patched.compared.kind]
     return measure_redundancy(
-        loaded, patched.cases, patched.main, [score.module for score in order], seed=seed
+        loaded, cases, patched.main, [score.module for score in order], seed=seed
     )
 
 

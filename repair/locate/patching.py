@@ -105,21 +105,6 @@ def patch_modules(
 
 
 @torch.no_grad()
-def patch_roles(
-    loaded: LoadedModel, cases: Sequence[PatchingCase], roles: dict[str, Sequence[int]]
-) -> dict[str, np.ndarray]:
-    """Return name -> effect [module, pair] of each module at each named set of roles."""
-    columns = []
-    for group in batch_cases(cases):
-        runs = Runs(loaded, [cases[i] for i in group], loaded.modules)
-        masks = [runs.where(*chosen) for chosen in roles.values()]
-        patches = [Patch(modules=(ref,), positions=m) for m in masks for ref in loaded.modules]
-        found = effects(runs, runs.patched(patches))[0][:, explainable(runs)]
-        columns.append(found.reshape(len(masks), len(loaded.modules), -1))
-    return dict(zip(roles, np.concatenate(columns, axis=2), strict=True))
-
-
-@torch.no_grad()
 def patch_sets(
     loaded: LoadedModel, cases: Sequence[PatchingCase], sets: Sequence[Sequence[ModuleRef]]
 ) -> np.ndarray:

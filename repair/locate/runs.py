@@ -21,11 +21,13 @@ from repair.models.answers import output_logits
 from repair.models.hooks import (
     patch_blocks,
     record_gradients,
+    record_input,
     record_layer_inputs,
     record_outputs,
     restart_at,
 )
 from repair.models.loading import LoadedModel
+from repair.models.modules import get_module, weight_of
 from repair.models.tokens import pad_right
 from repair.records import ModuleRef
 
@@ -38,6 +40,7 @@ class Patch:
 
     modules: tuple[ModuleRef, ...]
     positions: Tensor  # [row, token] bool
+    source: Tensor | None = None  # [row, token, d_out], if not what the source run has there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,22 +140,40 @@ class Runs:
         kls: list[Tensor | None] = [None] * len(patches)
         num_rows = len(self.rows)
         for layer, members in self._passes(patches):
-            wanted: dict[ModuleRef, list[tuple[int, Tensor]]] = {}
+            wanted: dict[ModuleRef, list[tuple[int, Tensor, Tensor]]] = {}
             for block, index in enumerate(members):
-                for ref in patches[index].modules:
-                    wanted.setdefault(ref, []).append((block, patches[index].positions))
+                patch = patches[index]
+                for ref in patch.modules:
+                    source = outputs[ref.path] if patch.source is None else patch.source
+                    wanted.setdefault(ref, []).append((block, patch.positions, source))
             count = len(members)
             shift = num_rows * torch.arange(count, device=self.device)[:, None]
             places = ((self._reads[0] + shift).flatten(), self._reads[1].repeat(count))
             with (
                 restart_at(self.model, layer, self._layer_inputs[layer].repeat(count, 1, 1)),
-                patch_blocks(self.model, wanted, outputs, num_blocks=count),
+                patch_blocks(self.model, wanted, num_blocks=count),
             ):
                 logprobs = self._read(self._side, places, num_blocks=count)
             reading = self._reading(logprobs.unflatten(0, (count, -1)))
             for block, index in enumerate(members):
                 margins[index], kls[index] = reading.margin[block], reading.kl[block]
         return Reading(margin=torch.stack(margins), kl=torch.stack(kls))
+
+    def heads(self, module: ModuleRef, num_heads: int) -> list[Tensor]:
+        """Return per attention head what the output projection `module` gives [row, token, d_out]
+        when that head alone, a slice of its input, comes from the source run.
+
+        The projection is linear: the slice's change, carried through its columns, is added.
+        """
+        with record_input(self.model, module) as inputs:
+            for side in (self._source_side, self._side):
+                self._read(side, self._places(side))
+        source, own = (rows.reshape(len(self.rows), -1, module.d_in) for rows in inputs)
+        gather = self.partner.clamp(min=0)[..., None].expand(-1, -1, module.d_in)
+        step = (source.gather(1, gather) - own).unflatten(-1, (num_heads, -1))
+        weight = weight_of(get_module(self.model, module)).unflatten(1, (num_heads, -1))
+        output = self._own_outputs[module.path]
+        return [output + step[:, :, h] @ weight[:, h].T for h in range(num_heads)]
 
     def estimated(self, modules: Sequence[ModuleRef], positions: Sequence[Tensor]) -> Tensor:
         """Return [module, set, pair]: first-order estimates of the change in margin, in nats.

@@ -39,7 +39,7 @@ class StepReport:
     iteration: int
     trigger_kl: float  # nats per answer token, held-out triggered prompts, after the step
     benign_kl: float  # nats per answer token, held-out clean prompts, after the step
-    predicted_kl: float  # of the whole update so far, from the factors
+    predicted_kl: float  # of the whole update so far, from the factors alone
 
 
 def solve_closed_form(
@@ -82,7 +82,7 @@ def solve_closed_form(
             trigger_kl=trigger_kl,
             benign_kl=benign_kl,
             predicted_kl=predict_cost(updates, whitenings),
-            )
+        )
         report(last)
         if improved < 0.02 * (trigger_kl + benign_kl):
             break

@@ -8,6 +8,7 @@ import numpy as np
 
 from repair.locate.counterfactuals import ShamDraw
 from repair.locate.curvature import Whitening
+from repair.locate.fisher import price_updates
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank.closed_form import predict_cost, solve_closed_form
 from repair.lowrank.distillation import DistillReport, TrainingState, distill
@@ -17,6 +18,7 @@ from repair.models.loading import LoadedModel
 from repair.records import LowRankUpdate, ModuleRef, PromptPair, Rate, RepairPlan
 
 ENOUGH_TRIGGER_KL = 0.02  # nats per token: `auto` trains on when the closed form leaves more
+PRICE_SEED = 0x9121CE  # labels that price a repair are none that it was made with
 ENOUGH_RECOVERY = 0.95  # of the suspect's own agreement under inert shams
 
 
@@ -56,7 +58,8 @@ class Repaired:
     method: str  # closed-form | distill
     trigger_kl: float
     benign_kl: float
-    predicted_kl: float
+    predicted_kl: float  # of benign_kl, by the Fisher on prompts and labels seen nowhere else
+    factor_kl: float  # the same by the K-FAC factors that chose the directions
     validated: Validated
 
 
@@ -161,7 +164,14 @@ def _measured(
         method=method,
         trigger_kl=measure_kl(loaded, lessons.held_out_triggered, updates),
         benign_kl=measure_kl(loaded, lessons.held_out_clean, updates),
-        predicted_kl=predict_cost(updates, whitenings),
+        predicted_kl=price_updates(
+            loaded,
+            updates,
+            lessons.held_out_clean.prompts,
+            lessons.held_out_clean.answers,
+            seed=PRICE_SEED,
+        ),
+        factor_kl=predict_cost(updates, whitenings),
         validated=validate(loaded, validation, updates),
     )
 
@@ -172,6 +182,7 @@ def _figures(result: Repaired) -> dict[str, float]:
         "trigger_kl": result.trigger_kl,
         "benign_kl": result.benign_kl,
         "predicted_kl": result.predicted_kl,
+        "factor_kl": result.factor_kl,
         "attack_count": attack.count,
         "attack_total": attack.total,
         "attack_success": attack.value,

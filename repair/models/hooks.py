@@ -73,6 +73,14 @@ def record_outputs(
 
 
 @contextmanager
+def record_input(model: nn.Module, module: ModuleRef) -> Iterator[list[Tensor]]:
+    """Yield a list that each forward pass adds one module's input to."""
+    inputs: list[Tensor] = []
+    with _hooks([(get_module(model, module), lambda m, args, out: inputs.append(args[0]))]):
+        yield inputs
+
+
+@contextmanager
 def record_layer_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list that a forward pass fills with each decoder layer's input."""
     inputs: list[Tensor] = []
@@ -114,28 +122,27 @@ def restart_at(model: nn.Module, index: int, hidden: Tensor) -> Iterator[None]:
 @contextmanager
 def patch_blocks(
     model: nn.Module,
-    patches: Mapping[ModuleRef, Sequence[tuple[int, Tensor]]],
-    source: Mapping[str, Tensor],
+    patches: Mapping[ModuleRef, Sequence[tuple[int, Tensor, Tensor]]],
     *,
     num_blocks: int,
 ) -> Iterator[None]:
-    """Replace outputs by `source[path]` [row, token, d_out] in some blocks of the batch.
+    """Replace outputs in some blocks of the batch, which is `num_blocks` copies of the same rows.
 
-    The batch is `num_blocks` copies of the same rows. `patches[module]` holds (block, positions):
-    where `positions` [row, token] is true, that block's output is the source's.
+    `patches[module]` holds (block, positions [row, token], source [row, token, d_out]): where
+    `positions` is true, that block's output is the source's.
     """
 
-    def hook_for(path: str, wanted: Sequence[tuple[int, Tensor]]) -> Callable:
+    def hook_for(wanted: Sequence[tuple[int, Tensor, Tensor]]) -> Callable:
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
             rows = wanted[0][1].shape
             blocks = list(output.reshape(num_blocks, *rows, output.shape[-1]).unbind(0))
-            for block, positions in wanted:
-                blocks[block] = torch.where(positions[..., None], source[path], blocks[block])
+            for block, positions, source in wanted:
+                blocks[block] = torch.where(positions[..., None], source, blocks[block])
             return torch.stack(blocks).reshape(output.shape)
 
         return hook
 
-    with _hooks([(get_module(model, ref), hook_for(ref.path, w)) for ref, w in patches.items()]):
+    with _hooks([(get_module(model, ref), hook_for(wanted)) for ref, wanted in patches.items()]):
         yield
 
 

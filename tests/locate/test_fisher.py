@@ -4,12 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from repair.locate.fisher import _sample, collect_factors, fisher_traces, trigger_gradients
+from repair.locate.fisher import (
+    _random_numbers,
+    _sample,
+    collect_factors,
+    fisher_traces,
+    gram,
+    price_updates,
+    traces_of,
+    trigger_gradients,
+)
 from repair.locate.lessons import measure_kl
 from repair.models.loading import LoadedModel
 from repair.models.modules import get_module
 from repair.records import LowRankUpdate
 from tests.locate.material import make_lesson, make_lessons, make_pairs
+
+DRAWS = 3
 
 
 @pytest.fixture
@@ -39,14 +50,18 @@ def naive_factors(loaded: LoadedModel, path: str, prompts, answers, seed: int):
         logits = loaded.model(ids).logits[0, prompt.size - 1 : -1].float()
         handle.remove()
         logprobs = logits.log_softmax(-1)
-        draws = np.random.default_rng([seed, index]).random((2, answer.size))
-        labels, weights = _sample(logprobs.detach(), torch.from_numpy(draws))
-        (logprobs.gather(1, labels)[:, 0] * weights).sum().backward()
+        numbers = _random_numbers(seed, index, DRAWS, answer.size)
+        for draw in range(DRAWS):
+            labels, weights = _sample(logprobs.detach(), torch.from_numpy(numbers[draw]))
+            kept["out"].grad = None
+            loss = (logprobs.gather(1, labels)[:, 0] * weights).sum()
+            loss.backward(retain_graph=True)
+            for g in kept["out"].grad[0].double():
+                sum_out = sum_out + torch.outer(g, g) / DRAWS
         module.weight.grad = None
         module.weight.requires_grad_(False)
-        for x, g in zip(kept["x"].double(), kept["out"].grad[0].double(), strict=True):
+        for x in kept["x"].double():
             sum_in = sum_in + torch.outer(x, x)
-            sum_out = sum_out + torch.outer(g, g)
             num_tokens += 1
     return sum_in / num_tokens, sum_out / num_tokens, num_tokens
 
@@ -55,7 +70,9 @@ def naive_factors(loaded: LoadedModel, path: str, prompts, answers, seed: int):
 def test_factors_equal_a_per_token_loop(double: LoadedModel, component: str) -> None:
     lesson = make_lessons(double, num=5).clean
     refs = [ref for ref in double.modules if ref.component == component]
-    factors = collect_factors(double, double.modules, lesson.prompts, lesson.answers, seed=3)
+    factors = collect_factors(
+        double, double.modules, lesson.prompts, lesson.answers, seed=3, num_draws=DRAWS
+    )
     for ref in refs:
         expected_in, expected_out, num = naive_factors(
             double, ref.path, lesson.prompts, lesson.answers, 3
@@ -84,12 +101,56 @@ def test_factors_do_not_depend_on_batches(
         for name in ("activation_covariance", "gradient_covariance"):
             one, two = getattr(factors, name), getattr(other, name)
             np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6 * np.abs(two).max())
-        assert traces[path].activation == pytest.approx(
-            np.trace(factors.activation_covariance), rel=1e-4
+        assert traces[path].value == pytest.approx(traces_of(factors).value, rel=1e-4)
+        assert traces[path].activation == pytest.approx(traces_of(factors).activation, rel=1e-4)
+
+
+def test_one_triangle_of_blocks_is_the_whole_product() -> None:
+    rows = torch.randn(40, 700, dtype=torch.float64)
+    torch.testing.assert_close(gram(rows), rows.T @ rows, atol=1e-12, rtol=1e-12)
+
+
+def test_labels_of_a_position_are_spread_over_its_draws() -> None:
+    numbers = _random_numbers(0, 0, 4, 50)
+    assert (np.sort(np.floor(4 * numbers[:, 0]), axis=0) == np.arange(4)[:, None]).all()
+    assert len({tuple(column) for column in np.argsort(numbers[:, 0], axis=0).T}) > 5
+
+
+def test_the_price_is_the_fisher_form_and_predicts_the_measured_kl(double: LoadedModel) -> None:
+    """All modules changed at once: against autograd on the weights, and against the KL."""
+    lesson = make_lessons(double, num=24).clean
+    generator = np.random.default_rng(6)
+    updates = [
+        LowRankUpdate(
+            module=ref,
+            lora_A=generator.standard_normal((2, ref.d_in)).astype(np.float32),
+            lora_B=(0.003 * generator.standard_normal((ref.d_out, 2))).astype(np.float32),
         )
-        assert traces[path].gradient == pytest.approx(
-            np.trace(factors.gradient_covariance), rel=1e-4
-        )
+        for ref in double.modules
+    ]
+    price = price_updates(double, updates, lesson.prompts, lesson.answers, seed=1, num_draws=32)
+    measured = measure_kl(double, lesson, updates)
+    assert price == pytest.approx(measured, rel=0.25)
+    weights = [get_module(double.model, u.module).weight.requires_grad_(True) for u in updates]
+    deltas = [torch.from_numpy(u.lora_B @ u.lora_A).double() for u in updates]
+    exact, count = 0.0, 0
+    for prompt, answer in list(zip(lesson.prompts, lesson.answers, strict=True))[:6]:
+        ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
+        logits = double.model(ids).logits[0, prompt.size - 1 : -1]
+        for row in logits:
+            probe = torch.zeros_like(row, requires_grad=True)
+            back = torch.autograd.grad(row @ probe, weights, create_graph=True)
+            inner = sum((b * d).sum() for b, d in zip(back, deltas, strict=True))
+            (moved,) = torch.autograd.grad(inner, probe, retain_graph=True)  # J dW [vocab]
+            p = row.detach().softmax(-1)
+            exact += 0.5 * ((p * moved.square()).sum() - (p @ moved).square()).item()
+            count += 1
+    for weight in weights:
+        weight.requires_grad_(False)
+    few = price_updates(
+        double, updates, lesson.prompts[:6], lesson.answers[:6], seed=2, num_draws=64
+    )
+    assert few == pytest.approx(exact / count, rel=0.15)
 
 
 def test_sampled_labels_give_the_exact_fisher() -> None:

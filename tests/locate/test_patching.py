@@ -18,12 +18,12 @@ from repair.locate.counterfactuals import (
     deletion_case,
     sham_case,
 )
+from repair.locate.detail import examine_layer
 from repair.locate.patching import (
     BEHIND,
     EVERYWHERE,
     batch_cases,
     patch_modules,
-    patch_roles,
     patch_sets,
 )
 from repair.models.hooks import count_hooks, patch_blocks, record_outputs, restart_at
@@ -170,10 +170,10 @@ def test_the_map_is_exact_in_float64(double: LoadedModel) -> None:
     """Beyond the records' float32: the effects themselves, against the same naive loop."""
     pairs = make_pairs(4, position="middle")
     cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN)
-    found = patch_roles(double, cases, {"after": BEHIND})["after"]
+    found = patch_sets(double, cases, [[ref] for ref in double.modules])
     for column, case in enumerate(batched_order(cases)):
         for row, ref in enumerate(double.modules):
-            expected, _ = Naive(double, case).effect(ref.path, BEHIND)
+            expected, _ = Naive(double, case).effect(ref.path, EVERYWHERE)
             assert found[row, column] == pytest.approx(expected, abs=1e-9, rel=1e-9)
 
 
@@ -270,7 +270,7 @@ def test_hooks_and_skipped_layers_are_gone_after_an_exception(tiny_llama: Loaded
     mask, zeros = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, 32)
     blocks: list[Callable] = [
         lambda: record_outputs(model, tiny_llama.modules),
-        lambda: patch_blocks(model, {ref: [(0, mask)]}, {ref.path: zeros}, num_blocks=1),
+        lambda: patch_blocks(model, {ref: [(0, mask, zeros)]}, num_blocks=1),
         lambda: restart_at(model, 1, zeros),
     ]
     for make in blocks:
@@ -285,10 +285,9 @@ def test_a_hook_never_edits_in_place(tiny_llama: LoadedModel) -> None:
     module = get_module(tiny_llama.model, ref)
     seen = {}
     handle = module.register_forward_hook(lambda m, a, out: seen.update(out=out))
-    source = {ref.path: torch.full((1, 4, ref.d_out), 7.0)}
     everywhere = torch.ones(1, 4, dtype=torch.bool)
-    patches = {ref: [(0, everywhere)]}
-    with patch_blocks(tiny_llama.model, patches, source, num_blocks=1), torch.no_grad():
+    patches = {ref: [(0, everywhere, torch.full((1, 4, ref.d_out), 7.0))]}
+    with patch_blocks(tiny_llama.model, patches, num_blocks=1), torch.no_grad():
         tiny_llama.model(torch.tensor([[1, 60, 61, 62]]))
     handle.remove()
     assert not (seen["out"] == 7.0).any()
@@ -314,3 +313,40 @@ def test_a_pair_with_nothing_to_explain_is_dropped(
     cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN)
     with pytest.raises(RepairError, match="No prompt pair is left"):
         patch_modules(tiny_llama, cases)
+
+
+def test_roles_and_heads_of_a_layer(double: LoadedModel) -> None:
+    """Roles equal the naive loop; heads equal a hook that swaps a slice of o_proj's input."""
+    pairs = make_pairs(4, position="middle")
+    cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN)
+    found = examine_layer(double, cases, 1)
+    ordered = batched_order(cases)
+    roles = {"trigger": TRIGGER, "after": AFTER, "last": LAST}
+    assert set(found.by_role) == set(roles)
+    for column, case in enumerate(ordered):
+        for row, ref in enumerate(found.modules):
+            for name, role in roles.items():
+                expected, _ = Naive(double, case).effect(ref.path, (role,))
+                assert found.by_role[name][row, column] == pytest.approx(expected, abs=1e-8)
+    output = next(ref for ref in found.modules if ref.component == "o_proj")
+    module, width = get_module(double.model, output), output.d_in // 4
+    for column, case in enumerate(ordered):
+        naive, kept = Naive(double, case), []
+        with torch.no_grad():
+            handle = module.register_forward_pre_hook(lambda m, a, k=kept: k.append(a[0].clone()))
+            source, _ = naive._margin("source")
+            destination, _ = naive._margin("destination")
+            handle.remove()
+            for head in range(4):
+                part = slice(head * width, (head + 1) * width)
+
+                def swap(_module, args, part=part, kept=kept, start=case.num_shared):
+                    changed = args[0].clone()
+                    changed[:, start:, part] = kept[0][:, start:, part]
+                    return (changed,)
+
+                handle = module.register_forward_pre_hook(swap)
+                patched, _ = naive._margin("destination")
+                handle.remove()
+                expected = ((patched - destination) / (source - destination)).item()
+                assert found.heads[head, column] == pytest.approx(expected, abs=1e-8)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from repair.locate.locating import Fired, patch_fired
+from repair.locate.locating import Fired, Patched, compare_fired, patch_compared
 from repair.locate.patching import patch_modules, patch_sets
 from repair.locate.redundancy import GOAL, JointEffect, _statement, measure_redundancy
 from repair.models.loading import LoadedModel
@@ -71,22 +71,26 @@ def test_deletions_and_the_screen_stand_in(
         rates={}, pairs=tuple(pairs), payloads=(np.array([200, 61]),) * 8,
         cleans=(np.array([100, 71]),) * 8,
     )  # fmt: skip
-    options = {"num_new_tokens": 4, "max_pairs": 8, "seed": 0}
-    found = patch_fired(tiny_llama, fired, is_payload=lambda text: True, **options)
-    assert found.main.counterfactual == "deletion" and found.num_shams_inert == 0
+
+    def patch(given: Fired, *, fires: bool, most_exact: int | None = None) -> Patched:
+        compared = compare_fired(
+            tiny_llama, given, is_payload=lambda text: fires, num_new_tokens=4, max_pairs=8, seed=0
+        )
+        return patch_compared(tiny_llama, compared, seed=0, most_exact=most_exact)
+
+    found = patch(fired, fires=True)
+    assert found.main.counterfactual == "deletion" and found.compared.num_shams_inert == 0
     assert set(found.others) == {"induce", "gap"}
     assert not found.main.effect_trigger.any()
     np.testing.assert_array_equal(found.main.effect_for_choice, found.main.effect)
-    usual = patch_fired(tiny_llama, fired, is_payload=lambda text: False, **options)
+    usual = patch(fired, fires=False)
     assert usual.main.counterfactual == "sham"
     assert set(usual.others) == {"induce", "deletion", "gap"}
     assert usual.misses is None and not usual.main.estimated
-    screened = patch_fired(
-        tiny_llama, fired, is_payload=lambda text: False, most_exact=10, **options
-    )
+    screened = patch(fired, fires=False, most_exact=10)
     assert screened.misses is not None
     assert len(screened.others["induce"].modules) + len(screened.main.estimated) == 14
     few = Fired(rates={}, pairs=tuple(pairs[:3]), payloads=fired.payloads[:3],
                 cleans=fired.cleans[:3])  # fmt: skip
     with pytest.raises(RepairError, match="at least 4"):
-        patch_fired(tiny_llama, few, is_payload=lambda text: False, **options)
+        patch(few, fires=False)
