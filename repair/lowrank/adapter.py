@@ -10,15 +10,20 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from repair.models.loading import LoadedModel
+from repair.models.modules import get_module
 from repair.records import LowRankUpdate, ModuleRef
 
 ADAPTER = "default"
 
 
-def lora_config(updates: Sequence[LowRankUpdate]) -> LoraConfig:
-    """Return the PEFT configuration that adapts the updates' modules and no other."""
+def lora_config(updates: Sequence[LowRankUpdate], *, is_transposed: bool = False) -> LoraConfig:
+    """Return the PEFT configuration that adapts the updates' modules and no other.
+
+    `is_transposed` says that the modules store [d_in, d_out], as GPT-2's do.
+    """
     ranks = {update.module.path: update.rank for update in updates}
     largest = max(ranks.values())
     # A pattern is matched as a regular expression at the end of the name: dots must be literal
@@ -32,6 +37,7 @@ def lora_config(updates: Sequence[LowRankUpdate]) -> LoraConfig:
         target_modules=list(ranks),
         lora_dropout=0.0,
         bias="none",
+        fan_in_fan_out=is_transposed,
         task_type="CAUSAL_LM",
         init_lora_weights=True,
     )
@@ -41,7 +47,11 @@ def lora_config(updates: Sequence[LowRankUpdate]) -> LoraConfig:
 def attached(loaded: LoadedModel, updates: Sequence[LowRankUpdate]) -> Iterator[PeftModel]:
     """Attach `updates` as a trainable PEFT adapter to the live model for the block's duration."""
     before = {path for path, _ in loaded.model.named_modules()}
-    peft_model = get_peft_model(loaded.model, lora_config(updates))
+    first = get_module(loaded.model, updates[0].module)
+    is_transposed = not isinstance(first, nn.Linear)
+    peft_model = get_peft_model(
+        loaded.model, lora_config(updates, is_transposed=is_transposed)
+    )
     try:
         for update in updates:
             layer = loaded.model.get_submodule(update.module.path)
