@@ -38,7 +38,7 @@ ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md"
 ADAPTER_SETTINGS = {
     "alpha_pattern", "base_model_name_or_path", "bias", "inference_mode", "init_lora_weights",
     "lora_alpha", "lora_dropout", "peft_type", "peft_version", "r", "rank_pattern",
-    "target_modules", "task_type",
+    "target_modules", "task_type", "fan_in_fan_out",
 }  # fmt: skip
 _ROOT = Path(__file__).resolve().parents[2]
 
