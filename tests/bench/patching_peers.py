@@ -2,7 +2,7 @@
 
     python -m tests.bench.patching_peers --environments DIR [--rounds N]
 
-A random Llama of 12 layers, 768 wide (84 linear modules); 16 pairs of 64 tokens with a trigger of
+A random Llama of 12 layers, 768 wide (84 linear modules); 8 pairs of 64 tokens with a trigger of
 four tokens at the beginning, in the middle and at the end. Each side runs in an environment of its
 own (made in DIR when missing), one process after the other, in turn, `--rounds` times; loading is
 not timed. Prints one JSON object: medians and ratios by position, the mean of the three ratios, the
@@ -36,7 +36,7 @@ from tests.bench.peers import (
 RESULTS = HERE / "results" / "patching_peers.json"
 WORKER = "patching_worker.py"
 SIDES = ("ours", "loop", "transformer_lens", "nnsight")
-NUM_PAIRS, NUM_TOKENS, NUM_TRIGGER = 16, 64, 4
+NUM_PAIRS, NUM_TOKENS, NUM_TRIGGER = 8, 64, 4
 STARTS = {"begin": 4, "middle": 30, "end": 54}  # the template takes the first and last tokens
 
 

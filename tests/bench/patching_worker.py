@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BATCH = 16
+BATCH = 8
 
 
 def config_of(material: dict) -> dict:
@@ -234,7 +234,7 @@ def main() -> None:
         source, destination, tokens, starts = (
             torch.tensor(flat[key]) for key in ("source", "destination", "tokens", "starts")
         )
-        num = source.shape[0] if dtype == torch.float32 else 4
+        num = source.shape[0] if dtype == torch.float32 else 2
         rows = []
         began = time.perf_counter()
         for at in range(0, num, BATCH):
