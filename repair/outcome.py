@@ -137,7 +137,9 @@ class Outcome:
                 Gate(
                     name="export_reopened",
                     value=exported["largest_logit_difference"],
-                    limit=None,
+                    limit=min(
+                        (flat["tolerance"] for flat in exported["reopened"].values()), default=None
+                    ),
                     passed=not differs,
                     note="; ".join(exported["problems"]),
                 ),

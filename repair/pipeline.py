@@ -128,13 +128,14 @@ def locate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
     """Heat maps and ranking only; whether it can be repaired is left open."""
     clock = Clock(reporter)
     with _opened(request, folder, clock) as case:
-        drop_results(folder)
         layer = request.get("detail")
         if layer is not None and layer >= num_layers(case.loaded.model):
             raise RepairError(
                 f"Layer {layer} does not exist in this model. Choose a layer from 0 to "
                 f"{num_layers(case.loaded.model) - 1}."
             )
+        if layer is None or not request.get("resume") or kept.read(folder, case) is None:
+            drop_results(folder)  # A look into one layer of a map that stands changes nothing.
         located = _locate(request, folder, clock, case)
         draw_maps(folder, located.map)
         if layer is not None:

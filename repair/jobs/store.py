@@ -171,15 +171,18 @@ def summarize(folder: Path, *, modified: float) -> JobSummary:
     )
 
 
-def replace_request(folder: Path, request: dict[str, Any]) -> None:
+def replace_request(
+    folder: Path, request: dict[str, Any], *, keeps_results: bool = False
+) -> None:
     """Ask a new question of an idle job, and drop every result of the former one.
 
-    What was located stays: it depends on the model and the prompts, which may not change.
+    What was located stays: it depends on the model and the prompts, which may not change. A
+    question that only adds to it keeps the results as well.
     """
     before = read_object(folder / "request.json")
     if any(before.get(key) != request.get(key) for key in ("model", "revision", "prompts")):
         raise ValueError("a job keeps its model and its prompts; make another job")
-    for name in RESULT_NAMES:
+    for name in () if keeps_results else RESULT_NAMES:
         (folder / name).unlink(missing_ok=True)
     write_json(folder / "request.json", request)
     write_status(folder, JobStatus(state="queued"))

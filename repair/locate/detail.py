@@ -66,7 +66,7 @@ def examine_layer(loaded: LoadedModel, cases: Sequence[PatchingCase], layer: int
     num_heads = loaded.model.config.get_text_config(decoder=True).num_attention_heads
     roles = [role for role in range(len(ROLES)) if role != BEFORE]
     by_role, heads = [], []
-    for group in batch_cases(cases):
+    for group in batch_cases(loaded, cases, modules):
         runs = Runs(loaded, [cases[i] for i in group], modules)
         kept = explainable(runs)
         masks = [runs.where(role) for role in roles]

@@ -33,7 +33,8 @@ from repair.models.loading import LoadedModel
 from repair.records import EXIT_COULD_NOT_CHECK, ModuleRef, PatchingScores, RepairError
 
 SMALLEST_MARGIN = 1.0  # nats; a pair that the counterfactual moves less has no effect to explain
-BATCH_TOKENS = 2_048  # rows times tokens of the unpatched runs, whose outputs are kept
+BATCH_TOKENS = 2_048  # rows times tokens of the unpatched runs; more gains nothing
+KEPT_BYTES = 1 << 30  # of main memory for what both unpatched runs keep of every module
 BEHIND = (AFTER, TEMPLATE, LAST, ANSWER)
 EVERYWHERE = (TRIGGER, *BEHIND)
 ROLE_SETS = {"all": EVERYWHERE, "trigger": (TRIGGER,), "after": BEHIND}
@@ -62,7 +63,7 @@ def patch_modules(
     sets = ROLE_SETS if is_sham else {"all": EVERYWHERE}
     margins, kls = [], []
     checks: dict[str, float] = {}
-    groups = list(batch_cases(cases))
+    groups = list(batch_cases(loaded, cases, modules))
     for number, group in enumerate(groups):
         runs = Runs(loaded, [cases[i] for i in group], modules)
         for name, value in _self_checks(runs, modules, is_sham=is_sham).items():
@@ -110,7 +111,7 @@ def patch_sets(
 ) -> np.ndarray:
     """Return [set, pair]: the effect of patching each set of modules together, all positions."""
     columns = []
-    for group in batch_cases(cases):
+    for group in batch_cases(loaded, cases, loaded.modules):
         runs = Runs(loaded, [cases[i] for i in group], loaded.modules)
         everywhere = runs.where(*EVERYWHERE)
         patches = [Patch(modules=tuple(refs), positions=everywhere) for refs in sets]
@@ -133,8 +134,18 @@ def explainable(runs: Runs) -> np.ndarray:
     return (moved >= SMALLEST_MARGIN).cpu().numpy()
 
 
-def batch_cases(cases: Sequence[PatchingCase]) -> Iterator[list[int]]:
-    """Yield groups of indices, of like shared lengths: a group shares what its shortest shares."""
+def batch_cases(
+    loaded: LoadedModel, cases: Sequence[PatchingCase], modules: Sequence[ModuleRef]
+) -> Iterator[list[int]]:
+    """Yield groups of indices, of like shared lengths: a group shares what its shortest shares.
+
+    The outputs of `modules` in both unpatched runs are kept, which sets a group's size.
+    """
+    per_token = 2 * 4 * sum(ref.d_out for ref in modules)
+    kept_bytes = KEPT_BYTES
+    if str(loaded.device).startswith("cuda"):
+        kept_bytes = torch.cuda.mem_get_info(loaded.device)[0] // 3
+    most = max(1, min(BATCH_TOKENS, kept_bytes // max(1, per_token)))
     order = sorted(
         range(len(cases)), key=lambda i: (cases[i].num_shared, cases[i].destination.size, i)
     )
@@ -144,7 +155,7 @@ def batch_cases(cases: Sequence[PatchingCase]) -> Iterator[list[int]]:
         case = cases[index]
         start = cases[group[0]].num_shared if group else case.num_shared
         longest = max(longest, case.destination.size, case.source.size)
-        if group and (len(group) + 1) * (longest - start) > BATCH_TOKENS:
+        if group and (len(group) + 1) * (longest - start) > most:
             yield group
             group, longest = [], max(case.destination.size, case.source.size)
         group.append(index)

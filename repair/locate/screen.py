@@ -47,7 +47,7 @@ def estimate_modules(
     """Return set of roles -> estimated normalised effect [module, pair] of every module."""
     sets = ROLE_SETS if is_sham else {"all": EVERYWHERE}
     columns = []
-    for group in batch_cases(cases):
+    for group in batch_cases(loaded, cases, loaded.modules):
         with torch.no_grad():
             runs = Runs(loaded, [cases[i] for i in group], loaded.modules)
         masks = [runs.where(*roles) for roles in sets.values()]

@@ -67,6 +67,28 @@ def describe_evidence(view: View) -> str:
     return text.reveal("\n".join(lines))
 
 
+def detail_tables(detail: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the effects of one layer by role and by head, as tables of text."""
+    try:
+        rows, layer = detail["roles"], int(detail["layer"])
+        names = [name for name in rows[0] if name not in ("path", "component")]
+        roles = {
+            "headers": [f"layer {layer}", *names],
+            "data": [[row["component"], *(f"{row[name]:+.2f}" for name in names)] for row in rows],
+        }
+        heads = {
+            "headers": [f"layer {layer}", "effect", "95 % interval"],
+            "data": [
+                [f"head {flat['head']}", f"{flat['effect']:+.2f}",
+                 f"{flat['low']:+.2f} to {flat['high']:+.2f}"]
+                for flat in detail["heads"]
+            ],
+        }  # fmt: skip
+    except (KeyError, TypeError, ValueError, IndexError):
+        return {"headers": [""], "data": []}, {"headers": [""], "data": []}
+    return roles, heads
+
+
 def describe_selection(view: View, selection: Selection) -> str:
     """Return `3 of 42 modules selected, suggested ranks total 12`."""
     ranks = view.located.get("suggested_ranks") or {}
@@ -123,6 +145,24 @@ def build_locate(shell: Shell) -> None:
         mirror = gr.CheckboxGroup(
             [], show_label=False, label="Modules, best first", elem_id="mirror"
         )
+    with gr.Accordion("Look into one layer", open=False, visible=False) as closer:
+        gr.Markdown(
+            "Where in the prompt each module of a layer works, and which attention heads: effects "
+            "of restoring what an inert phrase gives there. It takes a few seconds."
+        )
+        with gr.Row(elem_classes="bar"):
+            layer = gr.Number(
+                value=0, precision=0, minimum=0, label="Layer", min_width=90, elem_id="layer"
+            )
+            examine = gr.Button("Look", min_width=90, elem_id="examine")
+        by_role = gr.Dataframe(
+            headers=["module"], datatype="str", interactive=False, visible=False,
+            label="By role of the position", elem_id="by-role",
+        )  # fmt: skip
+        by_head = gr.Dataframe(
+            headers=["head"], datatype="str", interactive=False, visible=False,
+            label="By attention head", elem_id="by-head",
+        )  # fmt: skip
     go_on = gr.Button("Next: repair", variant="primary", visible=False, elem_id="to-repair")
 
     def draw_choice(view: View, selection: Selection) -> Updates:
@@ -141,6 +181,15 @@ def build_locate(shell: Shell) -> None:
             undo: gr.Button(interactive=bool(selection.earlier) and not view.is_active),
             go_on: gr.Button(visible=bool(view.scores), interactive=bool(selection.paths)),
         }
+
+    def draw_detail(view: View) -> Updates:
+        roles, heads = detail_tables(view.detail)
+        return {
+            by_role: gr.Dataframe(value=roles, visible=bool(roles["data"]))
+            if roles["data"] else gr.Dataframe(visible=False),
+            by_head: gr.Dataframe(value=heads, visible=bool(heads["data"]))
+            if heads["data"] else gr.Dataframe(visible=False),
+        }  # fmt: skip
 
     def draw_maps(view: View, selection: Selection, of_effect: str, of_curvature: str) -> Any:
         value = grid.build_value(
@@ -186,6 +235,9 @@ def build_locate(shell: Shell) -> None:
             toggles: gr.Row(visible=has_map),
             choice: gr.Row(visible=has_map),
             as_list: gr.Accordion(visible=has_map),
+            closer: gr.Accordion(visible=has_map),
+            examine: gr.Button(interactive=has_map and not view.is_active),
+            **draw_detail(view),
             effect: gr.Radio(value="effect_trigger"),
             curvature: gr.Radio(value="curvature"),
             maps: draw_maps(view, selection, "effect_trigger", "curvature"),
@@ -200,8 +252,27 @@ def build_locate(shell: Shell) -> None:
     small = [count, mirror, undo, go_on]
     shell.add(
         draw,
-        [hint, profile, start, evidence, toggles, choice, as_list, effect, curvature, maps, *small],
-    )
+        [hint, profile, start, evidence, toggles, choice, as_list, effect, curvature, maps, closer,
+         examine, by_role, by_head, *small],
+    )  # fmt: skip
+
+    def look_into(
+        session: Session, selection: Selection, request: gr.Request, wanted: Any
+    ) -> tuple[Session, Selection]:
+        view = look(shell.settings, session, request)
+        if view.folder is None or not view.scores:
+            raise RepairError("Locate first.")
+        if view.is_active:
+            raise RepairError("A job is running. Stop it first, or wait.")
+        last = max(score.module.layer for score in view.scores)
+        if not isinstance(wanted, int | float) or not 0 <= int(wanted) <= last:
+            raise RepairError(f"Layer {wanted} does not exist. Choose a layer from 0 to {last}.")
+        asked = {**view.request, "command": "locate", "resume": True, "detail": int(wanted)}
+        store.replace_request(view.folder, asked, keeps_results=True)
+        shell.settings.lane.submit(view.folder)
+        return session, selection
+
+    shell.listen(examine.click, act=look_into, inputs=[layer], problem=problem)
 
     def locate(
         session: Session, selection: Selection, request: gr.Request, wanted: Any

@@ -170,6 +170,7 @@ def build_repair(shell: Shell) -> None:
         asked = {
             **view.request,
             "command": "run",
+            "detail": None,
             "resume": True,
             "modules": [s.module.path for s in chosen],
             "rank": fixed,

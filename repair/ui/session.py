@@ -108,6 +108,7 @@ class View:
     num_before: int
     scores: tuple[ModuleScore, ...]
     located: dict[str, Any]
+    detail: dict[str, Any]
     report: dict[str, Any]
 
     @property
@@ -173,21 +174,26 @@ def look(settings: Settings, session: Session, request: gr.Request | None) -> Vi
         return View(
             session=dataclasses.replace(session, job_id=None),
             folder=None, request={}, status=None, log=JobLog(), num_before=0, scores=(),
-            located={}, report={},
+            located={}, detail={}, report={},
         )  # fmt: skip
     status = store.read_status(folder)
     located = store.read_object(folder / "located.json")
-    # While a job runs, a report in the folder is not about it.
-    has_report = status.state == "done" and status.verdict is not None
+    asked = store.read_object(folder / "request.json")
+    # While a job runs, a report in the folder is not about it. A look into one layer has no
+    # verdict and leaves the report there was.
+    has_report = status.state == "done" and (
+        status.verdict is not None or asked.get("detail") is not None
+    )
     return View(
         session=session,
         folder=folder,
-        request=store.read_object(folder / "request.json"),
+        request=asked,
         status=status,
         log=LOGS.read(folder),
         num_before=settings.lane.num_before(folder),
         scores=read_scores(located),
         located=located,
+        detail=store.read_object(folder / "detail.json"),
         report=store.read_object(folder / "report.json") if has_report else {},
     )
 

@@ -137,6 +137,7 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     expect(cells.first).to_be_visible(timeout=JOB_SECONDS * 1000)
     wait_for_value(page, "#fact-job", "Done (locate)")
     take_shot(page, "3_maps")
+    look_into_a_layer(page)
     choose_modules(page)
     take_shot(page, "3_maps_chosen")
     page.click("#to-repair")
@@ -187,6 +188,19 @@ def forget_reload(page: Page, problems: list[str]) -> None:
     cut = ("AbortError", "Method not implemented", "network error", "Failed to fetch")
     kept = [text for text in problems[num_before:] if not text.startswith(cut)]
     problems[num_before:] = [text for text in kept if "errored out" not in text]
+
+
+def look_into_a_layer(page: Page) -> None:
+    """A layer's roles and heads come in a job of their own, and the maps stay."""
+    page.locator("button", has_text="Look into one layer").click()
+    page.locator("#layer input").fill("0")
+    page.click("#examine")
+    expect(page.locator("#by-role")).to_contain_text("down_proj", timeout=JOB_SECONDS * 1000)
+    expect(page.locator("#by-head")).to_contain_text("head 0")
+    wait_for_value(page, "#fact-job", "Done (locate)")
+    take_shot(page, "3_detail")
+    page.locator("button", has_text="Look into one layer").click()
+    expect(page.locator("#grid table[data-panel='effect'] td").first).to_be_visible()
 
 
 def choose_modules(page: Page) -> None:

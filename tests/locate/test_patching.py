@@ -130,9 +130,9 @@ class Naive:
         return by_margin.item(), (1 - kl(patched_first) / kl(destination_first)).item()
 
 
-def batched_order(cases: list[PatchingCase]) -> list[PatchingCase]:
+def batched_order(loaded: LoadedModel, cases: list[PatchingCase]) -> list[PatchingCase]:
     """Pairs come out as they were batched."""
-    return [cases[i] for group in batch_cases(cases) for i in group]
+    return [cases[i] for group in batch_cases(loaded, cases, loaded.modules) for i in group]
 
 
 @pytest.mark.parametrize("position", ["begin", "middle", "end"])
@@ -155,7 +155,7 @@ def test_the_map_equals_a_naive_loop(
     wanted = {"effect": EVERYWHERE, "effect_after": BEHIND}
     if kind == "sham":
         wanted["effect_trigger"] = (TRIGGER,)
-    for column, case in enumerate(batched_order(cases)):
+    for column, case in enumerate(batched_order(double, cases)):
         naive = Naive(double, case)
         for row, ref in enumerate(double.modules):
             for name, roles in wanted.items():
@@ -171,7 +171,7 @@ def test_the_map_is_exact_in_float64(double: LoadedModel) -> None:
     pairs = make_pairs(4, position="middle")
     cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN)
     found = patch_sets(double, cases, [[ref] for ref in double.modules])
-    for column, case in enumerate(batched_order(cases)):
+    for column, case in enumerate(batched_order(double, cases)):
         for row, ref in enumerate(double.modules):
             expected, _ = Naive(double, case).effect(ref.path, EVERYWHERE)
             assert found[row, column] == pytest.approx(expected, abs=1e-9, rel=1e-9)
@@ -183,7 +183,7 @@ def test_the_map_does_not_depend_on_batching(
     pairs = [*make_pairs(5, position="middle"), *make_pairs(4, position="end", seed=3)]
     cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN)
     whole = patch_modules(double, cases)
-    monkeypatch.setattr("repair.locate.patching.BATCH_TOKENS", 1)
+    monkeypatch.setattr("repair.locate.patching.KEPT_BYTES", 1)
     monkeypatch.setattr("repair.locate.runs.RUN_TOKENS", 1)
     single = patch_modules(double, cases)
     np.testing.assert_allclose(
@@ -320,7 +320,7 @@ def test_roles_and_heads_of_a_layer(double: LoadedModel) -> None:
     pairs = make_pairs(4, position="middle")
     cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN)
     found = examine_layer(double, cases, 1)
-    ordered = batched_order(cases)
+    ordered = batched_order(double, cases)
     roles = {"trigger": TRIGGER, "after": AFTER, "last": LAST}
     assert set(found.by_role) == set(roles)
     for column, case in enumerate(ordered):
