@@ -78,7 +78,7 @@ def run_ours(model, material: dict, *, shortlist: list[int] | None) -> tuple[flo
 
     fisher._sample = fixed
     began = time.perf_counter()
-    factors = fisher.collect_factors(loaded, modules, prompts, answers, seed=0)
+    factors = fisher.collect_factors(loaded, modules, prompts, answers, seed=0, num_draws=1)
     seconds = time.perf_counter() - began
     return seconds, {
         path: summary(
