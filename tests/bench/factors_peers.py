@@ -24,18 +24,17 @@ import torch
 
 from tests.bench.peers import (
     CONFIG,
-    HERE,
     INNER,
     NUM_LAYERS,
     VOCABULARY,
     WIDTH,
     measured_rate,
+    publish,
     python_of,
     run_side,
     write_model,
 )
 
-RESULTS = HERE / "results" / "factors_peers.json"
 WORKER = "factors_worker.py"
 SIDES = ("ours", "ours_shortlist", "kronfluence", "curvlinops")
 NUM_PROMPTS, NUM_TOKENS, NUM_ANSWER = 128, 64, 16
@@ -124,9 +123,7 @@ def main() -> int:
         "floor_seconds": floor_operations() / rate,
         "times_the_floor": medians["ours"] / (floor_operations() / rate),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    publish("factors_peers", result)
     return 0
 
 

@@ -29,9 +29,8 @@ from repair.models.loading import load_model
 from repair.models.modules import find_modules
 from repair.prompts import parse_prompt_file
 from repair.records import PromptPair
-from tests.bench.peers import HERE, ROOT
+from tests.bench.peers import HERE, ROOT, publish
 
-RESULTS = HERE / "results" / "grid_costs.json"
 NUM_TOKENS, NUM_TRIGGER, START, VOCABULARY = 64, 4, 30, 4096
 DEPTHS, PAIRS = (6, 12, 24, 48), (8, 32, 128)
 
@@ -172,9 +171,7 @@ def main() -> int:
         "screen": run_alone("measure_screen"),
         "top_ten_found_in_14_of_42": run_alone("measure_suspects"),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    publish("grid_costs", result)
     return 0
 
 

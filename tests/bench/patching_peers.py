@@ -22,18 +22,17 @@ import numpy as np
 
 from tests.bench.peers import (
     CONFIG,
-    HERE,
     INNER,
     NUM_LAYERS,
     VOCABULARY,
     WIDTH,
     measured_rate,
+    publish,
     python_of,
     run_side,
     write_model,
 )
 
-RESULTS = HERE / "results" / "patching_peers.json"
 WORKER = "patching_worker.py"
 SIDES = ("ours", "loop", "transformer_lens", "nnsight")
 NUM_PAIRS, NUM_TOKENS, NUM_TRIGGER = 8, 64, 4
@@ -127,9 +126,7 @@ def main() -> int:
             p: medians["ours"][p] / (floor_operations(s) / rate) for p, s in STARTS.items()
         },
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    publish("patching_peers", result)
     return 0
 
 

@@ -66,3 +66,11 @@ def measured_rate() -> float:
         left @ right
         best = max(best, 2 * 1024 * WIDTH * INNER / (time.perf_counter() - began))
     return best
+
+
+def publish(name: str, result: dict) -> None:
+    """Write a comparison's result to `results/` and print it as one line."""
+    path = HERE / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))

@@ -85,6 +85,9 @@ def test_a_new_plan_drops_results_and_keeps_what_was_located(tmp_path):
     folder = tmp_path / store.create_job(tmp_path, make_request(), owner="me")
     for name in (*store.RESULT_NAMES, "located.json"):
         (folder / name).write_text("{}")
+    store.replace_request(folder, make_request(detail=0), keeps_results=True)
+    assert all((folder / name).exists() for name in store.RESULT_NAMES)
+    assert store.read_object(folder / "request.json")["detail"] == 0
     store.replace_request(folder, make_request(modules=["a"]))
     assert (folder / "located.json").exists()
     assert not any((folder / name).exists() for name in store.RESULT_NAMES)
