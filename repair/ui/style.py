@@ -76,6 +76,7 @@ footer { display: none !important; }
 .gradio-container main { max-width: calc(100vw - 24px); }
 #samples, #rates, #gates, #controls, #files, #model-facts {
   max-width: calc(100vw - 64px); overflow-x: auto; }
+#by-role, #by-head { max-width: calc(100vw - 104px); overflow-x: auto; }
 @media (max-width: 640px) {
   #facts .form { display: grid !important; grid-template-columns: 1fr 1fr; }
   #facts .form > * { min-width: 0 !important; }
