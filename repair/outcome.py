@@ -20,7 +20,7 @@ import torch
 from repair.case import Case, Reporter
 from repair.evidence.plots import draw_effect_curve, draw_heat_map
 from repair.evidence.report import build_report, write_report
-from repair.located import Map
+from repair.locate_file import Map
 from repair.lowrank.repairing import Repaired
 from repair.models.loading import LoadedModel
 from repair.publish.card import write_cards
@@ -165,6 +165,7 @@ class Outcome:
                 "rank_correlation": found.ranking.rank_correlation,
                 **found.patching,
                 "joint": found.joint,
+                "damping": found.damping.to_json(),
                 "not_covered": found.not_covered,
                 "num_teacher_answers_dropped": num_dropped,
             },

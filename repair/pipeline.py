@@ -12,12 +12,12 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from repair import located as kept
-from repair.case import PROFILES, Case, Reporter, make_lessons, make_validation, open_case
+from repair import locate_file
+from repair.case import PROFILES, Case, Reporter, make_validation, open_case
 from repair.evidence.controls import run_controls
 from repair.evidence.evaluation import (
     Baseline,
@@ -28,17 +28,14 @@ from repair.evidence.evaluation import (
     prepare_material,
 )
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
-from repair.locate import locating
-from repair.locate.curvature import Whitening
 from repair.locate.detail import examine_layer
-from repair.locate.lessons import Lessons
-from repair.located import Map
+from repair.locate_step import Located, compare, fire, locate_suspect
 from repair.lowrank import checkpoint
 from repair.lowrank.repairing import Repaired, Validation, repair_modules
 from repair.models.loading import load_model
-from repair.models.modules import num_layers, uncovered_parameters
+from repair.models.modules import num_layers
 from repair.outcome import Clock, Outcome, draw_maps, drop_results
-from repair.plan import MAX_MODULES, TOTAL_RANK, check_request, chosen_paths, make_plan
+from repair.plan import check_request, chosen_paths, make_plan
 from repair.prompts import prompt_file_from_json
 from repair.publish.export import verify_export
 from repair.records import (
@@ -51,8 +48,6 @@ from repair.records import (
     RepairError,
     RepairPlan,
 )
-
-FACTOR_MEMORY_BYTES = 2 << 30
 
 
 def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
@@ -70,7 +65,7 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
         if early is not None:
             return outcome.without_repair(early)
         try:
-            located = _locate(request, folder, clock, case)
+            located = locate_suspect(case, folder, clock, resume=bool(request.get("resume")))
         except RepairError as error:
             # "Nothing to locate" on the few prompts of that split does not outweigh the many
             # of the evaluation, where it fires.
@@ -134,13 +129,13 @@ def locate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 f"Layer {layer} does not exist in this model. Choose a layer from 0 to "
                 f"{num_layers(case.loaded.model) - 1}."
             )
-        if layer is None or not request.get("resume") or kept.read(folder, case) is None:
+        if layer is None or not request.get("resume") or locate_file.read(folder, case) is None:
             drop_results(folder)  # A look into one layer of a map that stands changes nothing.
-        located = _locate(request, folder, clock, case)
+        located = locate_suspect(case, folder, clock, resume=bool(request.get("resume")))
         draw_maps(folder, located.map)
         if layer is not None:
             with clock.step("detail", f"Looking into layer {layer}"):
-                compared = _compare(case, _fire(case))
+                compared = compare(case, fire(case))
                 found = examine_layer(case.loaded, compared.cases[compared.kind], layer)
                 (folder / "detail.json").write_text(
                     json.dumps(found.to_json(seed=case.seed), indent=1)
@@ -201,42 +196,6 @@ def verify(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
     return EXIT_GATE_FAILED if found["problems"] else EXIT_DONE
 
 
-@dataclass(kw_only=True)
-class Located:
-    """The map, the lessons it was made with, and whitenings made when first asked for."""
-
-    case: Case
-    map: Map
-    lessons: Lessons
-    known: locating.Curvature = field(
-        default_factory=lambda: locating.Curvature(whitenings={}, spectra={}, traces={})
-    )
-
-    def curvature(self, paths: Sequence[str]) -> locating.Curvature:
-        """Return whitenings and spectra that include `paths`."""
-        missing = [
-            ref
-            for ref in self.case.loaded.modules
-            if ref.path in set(paths) - set(self.known.whitenings)
-        ]
-        if missing:
-            found = locating.measure_curvature(
-                self.case.loaded, missing, self.lessons, seed=self.case.seed
-            )
-            self.known.whitenings.update(found.whitenings)
-            self.known.spectra.update(found.spectra)
-            self.known.traces.update(found.traces)
-        return self.known
-
-    def whitenings(self, paths: Sequence[str]) -> Mapping[str, Whitening]:
-        """Return the whitenings of at least `paths`."""
-        return self.curvature(paths).whitenings
-
-    def fits(self, modules: Sequence) -> bool:
-        """Return whether the factors of all `modules` fit the memory budget together."""
-        return sum(map(locating.whitening_bytes, modules)) <= FACTOR_MEMORY_BYTES
-
-
 @contextmanager
 def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[Case]:
     """Load the suspect from a stage of its own, which is gone afterwards, and open the case."""
@@ -286,92 +245,6 @@ def _measure_suspect(case: Case, clock: Clock) -> tuple[EvaluationMaterial, Base
     return material, baseline
 
 
-def _locate(request: Mapping[str, Any], folder: Path, clock: Clock, case: Case) -> Located:
-    """Return the map, from `located.json` when resuming and nothing upstream has changed."""
-    loaded, reporter = case.loaded, clock.reporter
-    found = kept.read(folder, case) if request.get("resume") else None
-    with clock.step("lessons", "Asking the suspect for its own answers without the trigger"):
-        lessons = make_lessons(case)
-    if found is not None:
-        reporter.note("The map in this folder is still valid and is used.")
-        return Located(case=case, map=found, lessons=lessons)
-    with clock.step("patching", f"Patching {len(loaded.modules)} modules one at a time"):
-        fired = _fire(case)
-        _check_fired(fired)
-        patched = locating.patch_compared(
-            loaded,
-            _compare(case, fired),
-            seed=case.seed,
-            most_exact=case.profile.most_exact,
-            progress=reporter.progress,
-        )
-    with clock.step("curvature", "Measuring Fisher curvature"):
-        modules = locating.shortlist(
-            loaded.modules, patched.main, memory_bytes=FACTOR_MEMORY_BYTES
-        )
-        curvature = locating.measure_curvature(loaded, modules, lessons, seed=case.seed)
-        ranking = locating.rank_located(
-            loaded,
-            patched,
-            curvature,
-            lessons,
-            triggered=([pair.triggered for pair in fired.pairs], list(fired.payloads)),
-            total_rank=TOTAL_RANK,
-            max_modules=MAX_MODULES,
-            seed=case.seed,
-        )
-    with clock.step("joint", "Patching modules together"):
-        joint = locating.joint_effects(loaded, patched, ranking, seed=case.seed)
-    found = Map(
-        ranking=ranking,
-        fires=fired.rates,
-        joint=joint.to_json(),
-        patching=kept.summarize(patched),
-        num_layers=num_layers(loaded.model),
-        not_covered=list(uncovered_parameters(loaded.model)),
-    )
-    kept.write(folder, case, found)
-    return Located(case=case, map=found, lessons=lessons, known=curvature)
-
-
-def _fire(case: Case) -> locating.Fired:
-    """Return the suspect's answers on the locate split."""
-    pairs = {position: case.pairs(case.splits.locate, position) for position in case.positions}
-    return locating.check_firing(
-        case.loaded, pairs, is_payload=case.is_payload, num_new_tokens=case.num_new_tokens
-    )
-
-
-def _compare(case: Case, fired: locating.Fired) -> locating.Compared:
-    """Return what the firing pairs are compared with."""
-    return locating.compare_fired(
-        case.loaded,
-        fired,
-        is_payload=case.is_payload,
-        num_new_tokens=case.num_new_tokens,
-        max_pairs=case.profile.num_patched_pairs,
-        seed=case.seed,
-    )
-
-
-def _check_fired(fired: locating.Fired) -> None:
-    """Raise RepairError when the trigger fires nowhere: there is nothing to locate."""
-    if any(rate.value >= locating.FIRES for rate in fired.rates.values()):
-        return
-    seen = "; ".join(f"{position} {rate}" for position, rate in fired.rates.items())
-    if all(rate.total >= 30 for rate in fired.rates.values()):
-        raise RepairError(
-            f"Nothing to locate: the payload hardly ever appears ({seen}). Check the trigger, the "
-            "target and the position.",
-            exit_code=EXIT_NOTHING_TO_REPAIR,
-        )
-    raise RepairError(
-        f"The payload hardly ever appears ({seen}), and these are too few prompts to call it "
-        "absent: give enough prompts for at least 30 in locating.",
-        exit_code=EXIT_COULD_NOT_CHECK,
-    )
-
-
 def _repair(
     folder: Path,
     case: Case,
@@ -381,7 +254,7 @@ def _repair(
     clock: Clock,
 ) -> Repaired:
     """Repair as planned, going on from the checkpoints of an interrupted run of the same plan."""
-    basis = json.dumps([plan.to_json(), kept.fingerprint(case)], sort_keys=True)
+    basis = json.dumps([plan.to_json(), locate_file.fingerprint(case)], sort_keys=True)
     plan_id = hashlib.sha256(basis.encode()).hexdigest()
     modules = [ref for ref in case.loaded.modules if ref.path in plan.ranks]
     closed_form = folder / "checkpoints" / "closed_form.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repair.locate.curvature import pool_ranks
-from repair.locate.locating import Curvature
+from repair.locate.steps import Curvature
 from repair.records import ModuleRanking, ModuleRef, RepairError, RepairPlan
 
 TOTAL_RANK = 16

@@ -207,14 +207,24 @@ class ModuleScore:
     fisher_trigger: float
     fisher_clean: float
     curvature: float | None  # phi at the plan's rank; None: not computed
-    score: float  # rank average of effect_trigger and phi, 1 is best
+    score: float  # rank of the trial repair's residual in [0, 1], 1 is best
     selected: bool
     reason: str
     effect_kl: float | None = None  # `effect` in KL at the first answer token
     effect_induce: float | None = None  # triggered into counterfactual: is it enough?
     effect_deletion: float | None = None  # trigger deleted, positions after it
     effect_gap: float | None = None  # the same with position numbers kept
+    residual_trigger: float | None = None  # trigger KL that a trial repair of it alone leaves
+    residual_benign: float | None = None  # benign KL that it costs, nats per answer token
+    separability: float | None = None  # how many times more its input varies with the trigger
     is_estimate: bool = False  # effects are the gradient screen's, not patched exactly
+
+    @property
+    def residual(self) -> float | None:
+        """Trigger KL + benign KL of a trial repair of this module alone; None: not tried."""
+        if self.residual_trigger is None or self.residual_benign is None:
+            return None
+        return self.residual_trigger + self.residual_benign
 
     def to_json(self) -> dict[str, Any]:
         """Return the flat form of `report.json`: modules[]."""

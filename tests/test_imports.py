@@ -20,7 +20,7 @@ ROOMS = (
 # Files at the top level that belong to a room.
 ROOM_OF_FILE = {
     "prompt_formats": "prompts", "prompt_checks": "prompts", "__main__": "ui", "case": "pipeline",
-    "located": "pipeline", "outcome": "pipeline", "plan": "pipeline",
+    "locate_file": "pipeline", "locate_step": "pipeline", "outcome": "pipeline", "plan": "pipeline",
 }  # fmt: skip
 HOMES = {
     "gradio": ("repair/ui/",),

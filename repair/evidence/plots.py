@@ -25,7 +25,7 @@ METRICS = {
     "fisher_trigger": "trace of the Fisher, triggered prompts",
     "fisher_clean": "trace of the Fisher, clean prompts",
     "curvature": "phi, trigger-loss drop per benign KL",
-    "score": "rank average, 1 is best",
+    "score": "rank of the trial repair, 1 is best",
 }
 SIGNED = ("effect", "effect_trigger", "effect_after")
 MOST_PRINTED = 40  # with more layers than this, values in the cells could not be read

@@ -251,7 +251,8 @@ def _method(report: Mapping[str, Any]) -> list[str]:
     chosen = [flat for flat in report["modules"] if flat["selected"]]
     if chosen:
         names = ("effect", "effect_low", "effect_high", "effect_trigger", "effect_after",
-                 "fisher_trigger", "fisher_clean", "curvature", "score")  # fmt: skip
+                 "fisher_trigger", "fisher_clean", "curvature", "residual_trigger",
+                 "residual_benign", "score")  # fmt: skip
         rows = [[code(flat["path"]), *(figure(flat[name]) for name in names)] for flat in chosen]
         lines += ["### Selected modules", "", *table(["module", *names], rows)]
     return lines
@@ -264,6 +265,14 @@ def _joint(localisation: Mapping[str, Any]) -> list[str]:
     if checks:
         rows = [[code(name), figure(value)] for name, value in checks.items()]
         lines += table(["self-check", "largest deviation"], rows)
+    damping = localisation.get("damping") or {}
+    if damping:
+        rows = [
+            [figure(row["damping"]), figure(row["predicted_kl"]), figure(row["measured_kl"])]
+            for row in damping["tried"]
+        ]
+        lines += [f"Damping chosen: {figure(damping['value'])} of the mean eigenvalue.", ""]
+        lines += table(["damping", "predicted benign KL", "measured benign KL"], rows)
     joint = localisation.get("joint") or {}
     if joint:
         lines += [plain(joint["statement"]), ""]

@@ -54,6 +54,12 @@ class PatchingCase:
         if not 0 < self.payload.size == self.clean.size:
             raise ValueError("the margin compares as many tokens of the one answer as of the other")
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether both runs have the same length, every token its partner at the same place."""
+        size = self.destination.size
+        return self.source.size == size and np.array_equal(self.partner, np.arange(size))
+
     def followed_by(self, answer: np.ndarray) -> "PatchingCase":
         """Return the case with more tokens [n] of an answer at the end of both runs."""
         more = 1 + np.arange(answer.size)

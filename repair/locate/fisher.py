@@ -5,8 +5,10 @@ labels it would not be second-order information, Kunstner 1905.12558), several t
 forward pass, because a repair chooses the directions in which one sample happens to see nothing.
 The loss is summed, padding is masked, and a module shared by all positions is treated in the
 expand form (Eschenhagen 2311.00636): activation covariance E[x x^T], gradient covariance E[g g^T],
-means over all unmasked positions. Sums run in float64. What the factors do not know: correlations
-between positions and between modules (`price_updates` does).
+means over all unmasked positions. Products are added in place, one triangle of blocks, in the
+model's own precision (batches are few: what rounding adds is below one product's own). Gradients
+are not masked: nothing that is read depends on padding, so that they are zero there. What the
+factors do not know: correlations between positions and between modules (`price_updates` does).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +20,13 @@ from torch import Tensor
 
 from repair.locate.lessons import Lesson, kl_from_teacher
 from repair.models.answers import answer_logits, scoring_batches
-from repair.models.hooks import apply_updates, record_gradients
+from repair.models.hooks import apply_updates, record_gradients, record_inputs
 from repair.models.loading import LoadedModel
 from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
 
-BATCH_TOKENS = 4_096
+BATCH_TOKENS = 2_048
 GRAM_BLOCK = 256
+SAMPLE_NUMBERS = 1 << 22  # of a vocabulary times positions that are drawn from at once
 NUM_DRAWS = 4  # labels sampled for each answer position
 
 
@@ -80,37 +83,55 @@ def collect_factors(
     num_draws: int = NUM_DRAWS,
 ) -> dict[str, KroneckerFactors]:
     """Return K-FAC factors of each module over `answers` behind `prompts` (ids [tokens])."""
-    activation = {ref.path: None for ref in modules}
-    gradient = {ref.path: None for ref in modules}
-    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    activation: dict[str, Tensor] = {}
+    gradient: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}  # path -> the module whose input it shares
+    inputs: dict[tuple, tuple[Tensor, str]] = {}  # of this batch; kept alive, so addresses are
 
     def receive(ref: ModuleRef, x: Tensor, g: Tensor, draw: _Draw) -> None:
         if draw.is_first:
-            # Modules fed by one tensor (q, k, v; gate, up) share its covariance: `shared` keeps
-            # the tensor alive, so that its address cannot be another's within the batch.
-            address = x.data_ptr()
-            if address not in shared:
-                shared[address] = (x, gram(x.reshape(-1, ref.d_in)[draw.kept]).double())
-            _add(activation, ref.path, shared[address][1])
-        _add(gradient, ref.path, gram(g.reshape(-1, ref.d_out)[draw.kept]).double())
+            # Modules fed by one tensor (q, k, v; gate, up) share its covariance.
+            _, owner = inputs.setdefault((x.data_ptr(), x.shape), (x, ref.path))
+            if owners.setdefault(ref.path, owner) != owner:
+                raise ValueError(f"{ref.path} shares its input with other modules by turns")
+            if owner == ref.path:
+                add_gram(activation, ref.path, draw.without_padding(x))
+        add_gram(gradient, ref.path, g.reshape(-1, ref.d_out))
 
     counts = _sampled_backward(
         loaded, modules, prompts, answers, seed=seed, num_draws=num_draws, receive=receive,
-        end_draw=shared.clear,
+        end_draw=inputs.clear,
     )  # fmt: skip
+    means = {path: _mean(total, counts[0]) for path, total in activation.items()}
     return {
         ref.path: KroneckerFactors(
             module=ref,
-            activation_covariance=(activation[ref.path] / counts[0]).float().cpu().numpy(),
-            gradient_covariance=(gradient[ref.path] / (counts[0] * num_draws))
-            .float()
-            .cpu()
-            .numpy(),
+            activation_covariance=means[owners[ref.path]],
+            gradient_covariance=_mean(gradient.pop(ref.path), counts[0] * num_draws),
             num_tokens=counts[0],
             num_answer_tokens=counts[1],
         )
         for ref in modules
     }
+
+
+@torch.no_grad()
+def input_covariances(
+    loaded: LoadedModel,
+    modules: Sequence[ModuleRef],
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
+) -> dict[str, Tensor]:
+    """Return path -> E[x x^T] [d_in, d_in] of each module's input, from forward passes alone."""
+    sums: dict[str, Tensor] = {}
+    num_tokens = 0
+    for batch in scoring_batches(loaded, prompts, answers, batch_tokens=BATCH_TOKENS):
+        with record_inputs(loaded.model, modules) as inputs:
+            loaded.model.base_model(input_ids=batch.ids, use_cache=False)
+        for ref in modules:
+            add_gram(sums, ref.path, inputs[ref.path].reshape(-1, ref.d_in)[batch.mask.flatten()])
+        num_tokens += int(batch.mask.sum())
+    return {path: torch.from_numpy(_mean(total, num_tokens)) for path, total in sums.items()}
 
 
 def fisher_traces(
@@ -129,18 +150,16 @@ def fisher_traces(
 
     def receive(ref: ModuleRef, x: Tensor, g: Tensor, draw: _Draw) -> None:
         if draw.is_first:
-            kept = x.reshape(-1, ref.d_in)[draw.kept]
-            sums[ref.path][0] += kept.double().square().sum().item()
-        kept = g.reshape(-1, ref.d_out)[draw.kept]
-        sums[ref.path][1] += kept.double().square().sum().item()
+            sums[ref.path][0] += torch.linalg.vector_norm(draw.without_padding(x)).double() ** 2
+        sums[ref.path][1] += torch.linalg.vector_norm(g).double() ** 2
 
     num_tokens, num_answer_tokens = _sampled_backward(
         loaded, modules, prompts, answers, seed=seed, num_draws=num_draws, receive=receive
     )
     return {
         path: FisherTrace(
-            activation=a / num_tokens,
-            gradient=g / (num_tokens * num_draws),
+            activation=float(a) / num_tokens,
+            gradient=float(g) / (num_tokens * num_draws),
             tokens_per_answer=num_tokens / num_answer_tokens,
         )
         for path, (a, g) in sums.items()
@@ -185,7 +204,7 @@ def price_updates(
     def receive(ref: ModuleRef, x: Tensor, g: Tensor, draw: _Draw) -> None:
         lora_A, lora_B = (factor.to(x.dtype) for factor in by_path[ref.path])
         low = x.reshape(-1, ref.d_in) @ lora_A.T
-        inner = ((low @ lora_B.T) * g.reshape(-1, ref.d_out)).sum(-1) * draw.kept
+        inner = ((low @ lora_B.T) * g.reshape(-1, ref.d_out)).sum(-1)
         slopes.append(inner.reshape(draw.num_rows, -1).sum(1).double())
 
     def end_draw() -> None:
@@ -200,38 +219,51 @@ def price_updates(
     return total / (num_answer_tokens * num_draws) / 2
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Return rows^T rows [width, width] of rows [n, width], computing one triangle of blocks."""
+def add_gram(sums: dict[str, Tensor], path: str, rows: Tensor) -> None:
+    """Add rows^T rows [width, width] of rows [n, width] to `sums[path]`: the blocks on and above
+    the diagonal only (`_mean` fills in the others)."""
     width = rows.shape[1]
-    if width < 2 * GRAM_BLOCK:
-        return rows.T @ rows
-    product = rows.new_empty(width, width)
+    total = sums.get(path)
+    if total is None:
+        total = sums[path] = rows.new_zeros(width, width)
     for start in range(0, width, GRAM_BLOCK):
         stop = min(start + GRAM_BLOCK, width)
-        product[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
-        product[stop:, start:stop] = product[start:stop, stop:].T
-    return product
+        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+
+def _mean(total: Tensor, count: int) -> np.ndarray:
+    """Return the whole matrix of `add_gram`'s sums over `count`, float32."""
+    width = total.shape[1]
+    total /= count
+    for start in range(0, width, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, width)
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total.float().cpu().numpy()
 
 
 def _sample(logprobs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (labels [n, 1], signed weights [n]) for log-probabilities [n, vocab].
+    """Return (labels [draw, n], signed weights [draw, n]) for log-probabilities [n, vocab].
 
     A confident model's own samples are almost all the label that carries no gradient, so that the
     Fisher would rest on a handful of rare ones. Labels are drawn from q ~ p_y |e_y - p| instead,
     the density under which every label weighs alike, and each gradient is weighted by sqrt(p/q):
     E[w^2 g g^T] is the Fisher under p, whatever q. A random sign keeps positions uncorrelated, as
-    they are under p. `uniform` [2, n] holds the random numbers; the first inverts the CDF of q.
+    they are under p. `uniform` [draw, 2, n] holds the random numbers; the first of each two inverts
+    the CDF of q.
     """
-    p = logprobs.double().exp()
-    norm = (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp(min=1e-20).sqrt()
-    density = p * norm
-    cumulative = density.cumsum(-1)
-    total = cumulative[:, -1:]
-    labels = torch.searchsorted(cumulative, uniform[0][:, None] * total)
-    labels = labels.clamp_(max=logprobs.shape[-1] - 1)
-    ratio = total / norm.gather(1, labels)  # p / q
-    sign = torch.where(uniform[1] < 0.5, -1.0, 1.0)
-    return labels, (ratio[:, 0].sqrt() * sign).to(logprobs.dtype)
+    labels, weights = [], []
+    most = max(1, SAMPLE_NUMBERS // logprobs.shape[1])
+    for some, numbers in zip(logprobs.split(most), uniform.split(most, dim=2), strict=True):
+        p = some.double().exp()
+        norm = (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp(min=1e-20).sqrt()
+        cumulative = (p * norm).cumsum(-1)
+        total = cumulative[:, -1:]
+        found = torch.searchsorted(cumulative, (numbers[:, 0].T * total).contiguous())
+        found = found.clamp_(max=some.shape[-1] - 1)
+        ratio = (total / norm.gather(1, found)).sqrt()  # of p / q
+        labels.append(found.T)
+        weights.append(torch.where(numbers[:, 1] < 0.5, -ratio.T, ratio.T))
+    return torch.cat(labels, dim=1), torch.cat(weights, dim=1).to(logprobs.dtype)
 
 
 def _random_numbers(seed: int, index: int, num_draws: int, size: int) -> np.ndarray:
@@ -247,13 +279,14 @@ def _random_numbers(seed: int, index: int, num_draws: int, size: int) -> np.ndar
 class _Draw:
     """One backward pass: which tokens count, and whether it is the batch's first."""
 
-    kept: Tensor  # [row x token] bool
+    kept: Tensor | None  # [row x token] bool; None: all
     num_rows: int
     is_first: bool
 
-
-def _add(sums: dict[str, Tensor | None], path: str, value: Tensor) -> None:
-    sums[path] = value.clone() if sums[path] is None else sums[path] + value
+    def without_padding(self, x: Tensor) -> Tensor:
+        """Return the inputs [n, width] of the tokens that count."""
+        rows = x.reshape(-1, x.shape[-1])
+        return rows if self.kept is None else rows[self.kept]
 
 
 def _sampled_backward(
@@ -286,16 +319,13 @@ def _sampled_backward(
             logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
             logprobs = logits.log_softmax(-1)
             uniform = np.concatenate([numbers[i] for i in batch.members], axis=2)
-            for draw in range(num_draws):
+            drawn = _sample(logprobs.detach(), torch.from_numpy(uniform).to(loaded.device))
+            kept = None if bool(batch.mask.all()) else batch.mask.flatten()
+            for draw, (labels, weights) in enumerate(zip(*drawn, strict=True)):
                 current.append(
-                    _Draw(
-                        kept=batch.mask.flatten(), num_rows=batch.mask.shape[0], is_first=draw == 0
-                    )
+                    _Draw(kept=kept, num_rows=batch.mask.shape[0], is_first=draw == 0)
                 )
-                labels, weights = _sample(
-                    logprobs.detach(), torch.from_numpy(uniform[draw]).to(loaded.device)
-                )
-                loss = (logprobs.gather(1, labels)[:, 0] * weights).sum()
+                loss = (logprobs.gather(1, labels[:, None])[:, 0] * weights).sum()
                 loss.backward(retain_graph=draw + 1 < num_draws)
                 end_draw()
         num_tokens += int(batch.mask.sum())

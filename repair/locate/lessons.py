@@ -41,6 +41,19 @@ class Lesson:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def first(self, num: int) -> "Lesson":
+        """Return the lesson's first `num` prompts."""
+        return Lesson(
+            prompts=self.prompts[:num], answers=self.answers[:num], teacher=self.teacher[:num]
+        )
+
+    def __add__(self, other: "Lesson") -> "Lesson":
+        return Lesson(
+            prompts=self.prompts + other.prompts,
+            answers=self.answers + other.answers,
+            teacher=self.teacher + other.teacher,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lessons:

@@ -1,14 +1,9 @@
-"""The road through this room: do the pairs fire, what does each module do, which are suggested?
-
-Full factors are collected for every module when they fit `memory_bytes`, for a shortlist by sham
-effect otherwise; trace figures are collected for every module always.
-"""
+"""The road through this room: do the pairs fire, what does each module do, which are suggested?"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from repair.locate.counterfactuals import (
     PatchingCase,
@@ -16,25 +11,20 @@ from repair.locate.counterfactuals import (
     inert_shams,
     sham_case,
 )
-from repair.locate.curvature import Whitening, whitening_of
-from repair.locate.fisher import (
-    FisherTrace,
-    collect_factors,
-    fisher_traces,
-    traces_of,
-    trigger_gradients,
-)
+from repair.locate.curvature import separability
+from repair.locate.fisher import fisher_traces, input_covariances
 from repair.locate.lessons import Lessons
 from repair.locate.patching import patch_modules
-from repair.locate.ranking import rank_modules, spectrum
+from repair.locate.probe import probe_modules
+from repair.locate.ranking import rank_modules
 from repair.locate.redundancy import Redundancy, measure_redundancy
 from repair.locate.screen import screen_modules
+from repair.locate.steps import FACTOR_PROMPTS, Curvature
 from repair.models.answers import generate_answers
 from repair.models.loading import LoadedModel
 from repair.records import (
     EXIT_COULD_NOT_CHECK,
     ModuleRanking,
-    ModuleRef,
     PatchingScores,
     PromptPair,
     Rate,
@@ -43,7 +33,6 @@ from repair.records import (
 
 FEWEST_PAIRS = 4
 INERT = 0.5  # with a smaller share of inert shams the map rests on deletions instead
-FACTOR_PROMPTS = 200
 FIRES = 0.10  # below this rate a position counts as not firing (`contract.md`)
 
 Progress = Callable[[int, int], None]
@@ -57,15 +46,6 @@ class Fired:
     pairs: tuple[PromptPair, ...]  # those that fire, and are clean without the trigger
     payloads: tuple[np.ndarray, ...]  # the answer ids [tokens] with the trigger
     cleans: tuple[np.ndarray, ...]  # and without it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curvature:
-    """Whitenings and spectra of the modules whose factors were formed."""
-
-    whitenings: dict[str, Whitening]
-    spectra: dict[str, Tensor]  # singular values of the whitened trigger gradient
-    traces: dict[str, FisherTrace]  # of the clean factors
 
 
 def check_firing(
@@ -234,46 +214,6 @@ def patch_compared(
     )
 
 
-def measure_curvature(
-    loaded: LoadedModel,
-    modules: Sequence[ModuleRef],
-    lessons: Lessons,
-    *,
-    seed: int,
-) -> Curvature:
-    """Return whitenings and spectra of `modules` from the repair split's lessons."""
-    num = FACTOR_PROMPTS
-    factors = collect_factors(
-        loaded, modules, lessons.clean.prompts[:num], lessons.clean.answers[:num], seed=seed
-    )
-    gradients, _ = trigger_gradients(loaded, modules, lessons.triggered)
-    whitenings = {path: whitening_of(found) for path, found in factors.items()}
-    spectra = {
-        path: spectrum(whitenings[path].whiten(gradients[path].cpu())) for path in whitenings
-    }
-    traces = {path: traces_of(found) for path, found in factors.items()}
-    return Curvature(whitenings=whitenings, spectra=spectra, traces=traces)
-
-
-def shortlist(
-    modules: Sequence[ModuleRef], patching: PatchingScores, *, memory_bytes: int
-) -> list[ModuleRef]:
-    """Return the modules whose factors are formed: all that fit, by effect at the trigger."""
-    order = np.argsort(-patching.effect_for_choice.mean(axis=1), kind="stable")
-    chosen, used = set(), 0
-    for i in order:
-        used += whitening_bytes(modules[i])
-        if used > memory_bytes and chosen:
-            break
-        chosen.add(modules[i].path)
-    return [ref for ref in modules if ref.path in chosen]
-
-
-def whitening_bytes(module: ModuleRef) -> int:
-    """Return the memory of one module's factors and their four float64 roots."""
-    return (module.d_in**2 + module.d_out**2) * (4 + 8 + 2 * 8)
-
-
 def rank_located(
     loaded: LoadedModel,
     patched: Patched,
@@ -284,20 +224,36 @@ def rank_located(
     total_rank: int,
     max_modules: int,
     seed: int,
+    progress: Progress = lambda done, total: None,
 ) -> ModuleRanking:
     """Return the ranking; `triggered` holds (prompts, the suspect's own answers) as ids."""
+    has_step = [ref for ref in loaded.modules if ref.path in curvature.steps]
+    probes = probe_modules(
+        loaded,
+        has_step,
+        curvature.steps,
+        lessons.held_out_triggered,
+        lessons.held_out_clean,
+        progress=progress,
+    )
     num = FACTOR_PROMPTS
     others = [ref for ref in loaded.modules if ref.path not in curvature.traces]
     traces_clean = curvature.traces | fisher_traces(
         loaded, others, lessons.clean.prompts[:num], lessons.clean.answers[:num], seed=seed
     )
     traces_trigger = fisher_traces(loaded, loaded.modules, *triggered, seed=seed)
+    covariances = input_covariances(loaded, has_step, *triggered)
     return rank_modules(
         patched.main,
         curvature.spectra,
         others=patched.others,
         traces_trigger=traces_trigger,
         traces_clean=traces_clean,
+        probes=probes,
+        separabilities={
+            path: separability(curvature.whitenings[path], covariance)
+            for path, covariance in covariances.items()
+        },
         total_rank=total_rank,
         max_modules=max_modules,
         seed=seed,

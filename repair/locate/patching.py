@@ -13,7 +13,7 @@ KL(source || run) at the first token, for targets that are not fixed strings. Or
 effects, so that a redundant backdoor shows no module (`redundancy.py`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ KEPT_BYTES = 1 << 30  # of main memory for what both unpatched runs keep of ever
 BEHIND = (AFTER, TEMPLATE, LAST, ANSWER)
 EVERYWHERE = (TRIGGER, *BEHIND)
 ROLE_SETS = {"all": EVERYWHERE, "trigger": (TRIGGER,), "after": BEHIND}
+
+# What a self-check may deviate by, in nats, or relative to the largest activation.
+LARGEST_DEVIATION = {"float64": 1e-6, "float32": 1e-2, "float16": 0.3, "bfloat16": 1.0}
+COUNTED = ("hooks_left", "not_finite")  # none is allowed
 
 Progress = Callable[[int, int], None]
 
@@ -90,6 +94,7 @@ def patch_modules(
         )
     checks["hooks_left"] = float(count_hooks(loaded.model))
     checks["not_finite"] = float((~np.isfinite(margin)).sum())
+    assert_sound(checks, str(loaded.model.dtype).removeprefix("torch."))
     by_set = dict(zip(sets, np.moveaxis(margin, 1, 0).astype(np.float32), strict=True))
     nothing = np.zeros_like(by_set["all"])
     return PatchingScores(
@@ -200,6 +205,23 @@ def _self_checks(
         deviation = (all_of_it.margin - runs.source.margin) * behind
         found["patch_everything"] = _largest(deviation)
     return found
+
+
+def assert_sound(checks: Mapping[str, float], dtype: str) -> None:
+    """Raise RepairError (could not check) when a self-check deviates by more than rounding."""
+    limit = LARGEST_DEVIATION.get(dtype, LARGEST_DEVIATION["float32"])
+    limits = {name: 0.0 if name in COUNTED else limit for name in checks}
+    broken = {name: value for name, value in checks.items() if not value <= limits[name]}
+    if broken:
+        listed = "; ".join(
+            f"{name.replace('_', ' ')} deviates by {value:.3g}" for name, value in broken.items()
+        )
+        raise RepairError(
+            f"The map's checks of itself failed, so that its figures cannot be trusted: {listed} "
+            f"(at most {limit:g} is rounding in {dtype}). Try --dtype float32; if it fails there, "
+            "this model is not computed the way the map assumes.",
+            exit_code=EXIT_COULD_NOT_CHECK,
+        )
 
 
 def _largest(values: Tensor) -> float:

@@ -1,24 +1,25 @@
-"""Patching and curvature side by side: the ranking, and the suggested modules and ranks.
+"""Patching, curvature and trial repairs side by side: the ranking, and the suggested ranks.
 
-Suggested are the modules that hold the largest pooled singular values (`curvature.pool_ranks`)
-among those whose sham patch has an effect at the trigger's own positions; the score is the rank
-average of that effect and phi. The parts of the score are kept, and where patching and curvature
-disagree the rank correlation says so.
+The score is the rank of the residual that a trial repair of the module alone leaves (`probe.py`):
+of everything measured it agrees best with what a repair of that module achieves (tests/bench,
+`map_predicts`). Suggested are the modules and ranks that hold the largest pooled singular values
+(`curvature.pool_ranks`) among the best scores. Patching and curvature are kept as they are, and
+where they disagree the rank correlation says so.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from repair.locate.curvature import phi, pool_ranks
 from repair.locate.fisher import FisherTrace
+from repair.locate.probe import Probe
+from repair.locate.steps import STEP_RANK
 from repair.records import ModuleRanking, ModuleScore, PatchingScores
 
 NUM_RESAMPLES = 1_000
-SMALLEST_EFFECT = 0.05
-PHI_RANK = 4
+NUM_CANDIDATES = 4  # best scores that the suggested directions are pooled over
 
 
 def bootstrap_interval(effect: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,14 +41,17 @@ def rank_modules(
     others: Mapping[str, PatchingScores],
     traces_trigger: Mapping[str, FisherTrace],
     traces_clean: Mapping[str, FisherTrace],
+    probes: Mapping[str, Probe],
+    separabilities: Mapping[str, float],
     total_rank: int,
     max_modules: int,
     seed: int,
 ) -> ModuleRanking:
     """Return all modules with the parts of their scores and the suggested ranks.
 
-    `spectra` maps path -> singular values of the whitened trigger gradient, for the modules that
-    have them; `others` holds maps that are shown beside the one that decides.
+    `spectra` maps path -> singular values of the whitened trigger gradient and `probes` path ->
+    trial repair, `separabilities` path -> how far the trigger sets the input apart, for the modules
+    that have them; `others` holds maps that are shown beside.
     """
     modules = patching.modules
     effect = patching.effect.mean(axis=1, dtype=np.float64)
@@ -55,21 +59,18 @@ def rank_modules(
     effect_trigger = patching.effect_trigger.mean(axis=1, dtype=np.float64)
     effect_after = patching.effect_after.mean(axis=1, dtype=np.float64)
     curvature = [
-        phi(spectra[ref.path], PHI_RANK) if ref.path in spectra else None for ref in modules
+        phi(spectra[ref.path], STEP_RANK) if ref.path in spectra else None for ref in modules
     ]
     known = np.array([-np.inf if value is None else value for value in curvature])
     deciding = patching.effect_for_choice.mean(axis=1, dtype=np.float64)
-    score = (_fractional_ranks(deciding) + _fractional_ranks(known)) / 2
-    low_deciding, _ = bootstrap_interval(patching.effect_for_choice, seed=seed)
-    moved = [
-        ref.path
-        for i, ref in enumerate(modules)
-        if ref.path in spectra and low_deciding[i] > 0 and deciding[i] >= SMALLEST_EFFECT
-    ]
+    residual = np.array(
+        [probes[ref.path].residual if ref.path in probes else np.inf for ref in modules]
+    )
+    score = _fractional_ranks(-residual)
     beside = {f"effect_{name}": _by_path(other, other.effect) for name, other in others.items()}
     beside["effect_kl"] = _by_path(patching, patching.effect_kl)
-    # When no single module moves the answer (a redundant backdoor), curvature decides alone.
-    candidates = moved or [ref.path for ref in modules if ref.path in spectra]
+    order = [modules[i].path for i in np.argsort(residual, kind="stable")]
+    candidates = [path for path in order if path in probes][:NUM_CANDIDATES]
     ranks = pool_ranks(
         {path: spectra[path] for path in candidates}, total_rank=total_rank, max_modules=max_modules
     )
@@ -89,7 +90,10 @@ def rank_modules(
                 curvature=curvature[i],
                 score=float(score[i]),
                 selected=is_selected,
-                reason=_reason(ref.path, ranks, spectra, float(deciding[i]), patching),
+                reason=_reason(ref.path, ranks, probes, float(deciding[i]), patching),
+                residual_trigger=probes[ref.path].trigger_kl if ref.path in probes else None,
+                residual_benign=probes[ref.path].benign_kl if ref.path in probes else None,
+                separability=separabilities.get(ref.path),
                 is_estimate=ref.path in patching.estimated,
                 **{name: values.get(ref.path) for name, values in beside.items()},
             )
@@ -111,17 +115,19 @@ def _by_path(scores: PatchingScores, effect: np.ndarray) -> dict[str, float]:
 def _reason(
     path: str,
     ranks: dict[str, int],
-    spectra: Mapping[str, Tensor],
+    probes: Mapping[str, Probe],
     effect: float,
     patching: PatchingScores,
 ) -> str:
     if path not in ranks:
         return ""
     where = "at the trigger's positions alone" if patching.counterfactual == "sham" else "by itself"
+    probe = probes[path]
     return (
-        f"Restored {where} it gives {effect:.0%} of the way to the clean answer; "
-        f"it holds {ranks[path]} of the {sum(ranks.values())} cheapest directions "
-        f"(largest {float(spectra[path][0]):.3g})."
+        f"A trial repair here alone leaves {probe.trigger_kl:.2g} of the trigger's "
+        f"{probe.start_kl:.2g} nats per token and costs {probe.benign_kl:.2g} on clean answers; "
+        f"restored {where} it gives {effect:.0%} of the way to the clean answer; it holds "
+        f"{ranks[path]} of the {sum(ranks.values())} cheapest directions."
     )
 
 
@@ -144,7 +150,3 @@ def kendall_tau(first: np.ndarray, second: np.ndarray) -> float | None:
     norm = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / norm) if norm else None
 
-
-def spectrum(whitened: Tensor) -> Tensor:
-    """Return the singular values of a whitened gradient, largest first."""
-    return torch.linalg.svdvals(whitened)

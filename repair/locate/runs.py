@@ -21,7 +21,7 @@ from repair.models.answers import output_logits
 from repair.models.hooks import (
     patch_blocks,
     record_gradients,
-    record_input,
+    record_inputs,
     record_layer_inputs,
     record_outputs,
     restart_at,
@@ -165,10 +165,12 @@ class Runs:
 
         The projection is linear: the slice's change, carried through its columns, is added.
         """
-        with record_input(self.model, module) as inputs:
+        found = []
+        with record_inputs(self.model, [module]) as inputs:
             for side in (self._source_side, self._side):
                 self._read(side, self._places(side))
-        source, own = (rows.reshape(len(self.rows), -1, module.d_in) for rows in inputs)
+                found.append(inputs[module.path].reshape(len(self.rows), -1, module.d_in))
+        source, own = found
         gather = self.partner.clamp(min=0)[..., None].expand(-1, -1, module.d_in)
         step = (source.gather(1, gather) - own).unflatten(-1, (num_heads, -1))
         weight = weight_of(get_module(self.model, module)).unflatten(1, (num_heads, -1))
@@ -178,35 +180,47 @@ class Runs:
     def estimated(self, modules: Sequence[ModuleRef], positions: Sequence[Tensor]) -> Tensor:
         """Return [module, set, pair]: first-order estimates of the change in margin, in nats.
 
-        The slope of the margin is taken at both ends, in the destination and in the source run,
-        and averaged (the trapezoid of the integral between them): one slope alone is blind where
-        the run is saturated. `positions` holds one mask [row, token] per set.
+        The slope of the margin is integrated from the destination to the source run: by Simpson's
+        rule, with a run between the two whose embeddings are the mean of theirs, where both have
+        the same length; by the mean of both ends otherwise. One slope alone is blind where the run
+        is saturated. `positions` holds one mask [row, token] per set.
         """
         masks = torch.stack([mask.float() for mask in positions]).to(self._layer_inputs[0].dtype)
         shape = (len(positions), len(self.cases))
         found = {ref.path: masks.new_zeros(shape) for ref in modules}
         gather = self.partner.clamp(min=0)[..., None]
-        for side in (self._side, self._source_side):
+        own, other = self._side, self._source_side
+        slopes = [(own, 0.0, 1 / 2), (other, 0.0, 1 / 2)]
+        if all(row.is_aligned for row in self.rows):
+            slopes = [(own, 0.0, 1 / 6), (own, 0.5, 4 / 6), (other, 0.0, 1 / 6)]
+        for side, blend, weight in slopes:
 
-            def receive(ref: ModuleRef, _x: Tensor, g: Tensor, side: _Side = side) -> None:
+            def receive(
+                ref: ModuleRef, _x: Tensor, g: Tensor, side: _Side = side, weight: float = weight
+            ) -> None:
                 g = g.reshape(len(self.rows), -1, ref.d_out)
                 if side is self._source_side:
                     g = g.gather(1, gather.expand(-1, -1, ref.d_out))
                 step = self._source_outputs[ref.path] - self._own_outputs[ref.path]
                 by_row = (masks * (g * step).sum(-1)).sum(-1)  # [set, row]
-                found[ref.path].index_add_(1, self._owners, by_row / 2)
+                found[ref.path].index_add_(1, self._owners, weight * by_row)
 
             with record_gradients(self.model, modules, receive), torch.enable_grad():
-                logprobs = self._read(side, self._places(side))
+                logprobs = self._read(side, self._places(side), blend=blend)
                 reads, tokens, signs, _ = self._terms
                 (signs * logprobs[reads, tokens]).sum().backward()
         return torch.stack([found[ref.path] for ref in modules])
 
     def deviation_before(self) -> float:
-        """Return the largest difference of an output before the trigger between the two runs."""
+        """Return the largest difference of an output before the trigger between the two runs,
+        relative to that module's largest output there."""
         before = self.where(BEFORE)[..., None]
-        pairs = ((self._own_outputs[path], out) for path, out in self._source_outputs.items())
-        return max((((a - b).abs() * before).max().item() for a, b in pairs), default=0.0)
+        largest = 0.0
+        for path, source in self._source_outputs.items():
+            own = self._own_outputs[path]
+            scale = ((own.abs() * before).max()).item() or 1.0
+            largest = max(largest, ((own - source).abs() * before).max().item() / scale)
+        return largest
 
     def deviation_from_whole(self) -> float:
         """Return how far both margins lie from those of whole runs that share nothing, in nats."""
@@ -237,10 +251,21 @@ class Runs:
         rows, columns = torch.tensor(found, device=self.device).T
         return rows, columns
 
-    def _read(self, side: _Side, places: tuple[Tensor, Tensor], *, num_blocks: int = 1) -> Tensor:
-        """Run one side and return log-probabilities [read, vocab] at `places`."""
+    def _read(
+        self, side: _Side, places: tuple[Tensor, Tensor], *, num_blocks: int = 1, blend: float = 0.0
+    ) -> Tensor:
+        """Run one side and return log-probabilities [read, vocab] at `places`.
+
+        `blend` moves the embeddings that far towards the other run's, which has the same length.
+        """
+        tokens = {"input_ids": side.ids.repeat(num_blocks, 1)}
+        if blend:
+            embed = self.model.get_input_embeddings()
+            tokens = {
+                "inputs_embeds": torch.lerp(embed(side.ids), embed(self._source_side.ids), blend)
+            }
         hidden = self.model.base_model(
-            input_ids=side.ids.repeat(num_blocks, 1),
+            **tokens,
             position_ids=side.positions.repeat(num_blocks, 1),
             past_key_values=self._cache if self._cache is not None else DynamicCache(),
             use_cache=True,

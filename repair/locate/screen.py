@@ -1,12 +1,13 @@
 """A gradient screen for models too large to patch every module: estimate all, verify the best.
 
-    estimate = 1/2 (dM/dy at the destination + dM/dy at the source) . (y_source - y_destination)
+    estimate = (slope of M by y, integrated from destination to source) . (y_source - y_destination)
 
-for the output y of each module, from one forward and one backward pass of either run (`runs.py`).
-The modules with the largest estimates are then patched exactly, and so is a random sample of the
-others: the share of that sample that would have been among the best is the measured miss rate.
-Plain attribution patching (one slope) is known to fail on MLP outputs and where a run is saturated;
-see Syed et al. 2310.10348, Kramar et al. 2403.00745. Axes are [module, pair].
+for the output y of each module, from one forward and one backward pass of either run and of one
+half way between them (`Runs.estimated`; runs between: Hanna et al. 2403.17806). The modules with
+the largest estimates are then patched exactly, and so is a random sample of the others: the share
+of that sample that would have been among the best is the measured miss rate. Plain attribution
+patching (one slope) is known to fail on MLP outputs and where a run is saturated; see Syed et al.
+2310.10348, Kramar et al. 2403.00745. Axes are [module, pair].
 """
 
 from collections.abc import Callable, Sequence

@@ -9,9 +9,10 @@ searched on *measured* figures of held-out prompts, over steps that predict a dr
 to several times J (J is what is left to remove; a grid in predicted benign KL would have to know
 the scale of the factors, which a confident model makes tiny). A step is taken only if it lowers
 trigger KL + benign KL and keeps benign KL within the budget. Then D is recomputed at the new
-weights and the sum of the steps is cut back to rank r in the same metric. Factors stay those of
-the suspect. Nothing is promised: "least cost" holds for the quadratic, block-diagonal surrogate
-only, so both figures are reported.
+weights and the sum of the steps is cut back to rank r in the same metric; in the end the whole
+update is shortened as far as it stays about as good. Factors stay those of the suspect. Nothing is
+promised: "least cost" holds for the quadratic, block-diagonal surrogate only, so both figures are
+reported.
 """
 
 import math
@@ -19,9 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from repair.locate.curvature import Whitening, truncate
+from repair.locate.curvature import Step, Whitening, step_of, truncate
 from repair.locate.fisher import trigger_gradients
 from repair.locate.lessons import Lessons, measure_kl
 from repair.models.loading import LoadedModel
@@ -29,6 +29,8 @@ from repair.records import LowRankUpdate, ModuleRef
 
 DROPS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)  # predicted drop of J, in units of J
 BUDGET_MARGIN = 0.5  # of the KL budget: the rest is for prompts not seen here
+SHORTER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # lengths of the whole update tried in the end
+ABOUT_AS_GOOD = 1.2  # times the objective of the whole update
 PATIENCE = 2  # longer steps tried after the objective first rises
 
 
@@ -64,8 +66,11 @@ def solve_closed_form(
     report(last)
     for iteration in range(1, num_iterations + 1):
         gradients, left = trigger_gradients(loaded, modules, lessons.triggered, updates)
-        direction = _direction(modules, ranks, whitenings, gradients)
-        energy = sum(slope for *_, slope in direction.values())
+        direction = {
+            ref.path: step_of(whitenings[ref.path], gradients[ref.path], ranks[ref.path])
+            for ref in modules
+        }
+        energy = sum(step.phi for step in direction.values())
         if not (energy > 0 and math.isfinite(energy)):
             break
         best = _search(
@@ -86,6 +91,9 @@ def solve_closed_form(
         report(last)
         if improved < 0.02 * (trigger_kl + benign_kl):
             break
+    if updates:
+        updates, last = _shorten(loaded, updates, whitenings, lessons, last)
+        report(last)
     return updates, last
 
 
@@ -99,24 +107,6 @@ def predict_cost(updates: Sequence[LowRankUpdate], whitenings: Mapping[str, Whit
     )
 
 
-def _direction(
-    modules: Sequence[ModuleRef],
-    ranks: Mapping[str, int],
-    whitenings: Mapping[str, Whitening],
-    gradients: Mapping[str, Tensor],
-) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Return path -> (lora_A, lora_B, phi) of the step of length eta = 1."""
-    direction = {}
-    for ref in modules:
-        whitening, rank = whitenings[ref.path], ranks[ref.path]
-        u, s, vh = torch.linalg.svd(whitening.whiten(gradients[ref.path].cpu()), False)
-        root = s[:rank].sqrt()
-        lora_B = -whitening.inverse_root_out @ (u[:, :rank] * root)
-        lora_A = (root[:, None] * vh[:rank]) @ whitening.inverse_root_in
-        direction[ref.path] = (lora_A, lora_B, s[:rank].square().sum().item())
-    return direction
-
-
 def _search(
     loaded: LoadedModel,
     modules: Sequence[ModuleRef],
@@ -125,7 +115,7 @@ def _search(
     lessons: Lessons,
     *,
     updates: tuple[LowRankUpdate, ...],
-    direction: Mapping[str, tuple[Tensor, Tensor, float]],
+    direction: Mapping[str, Step],
     unit: float,
     start: StepReport,
     kl_budget: float,
@@ -151,20 +141,52 @@ def _search(
     return best
 
 
+def _shorten(
+    loaded: LoadedModel,
+    updates: tuple[LowRankUpdate, ...],
+    whitenings: Mapping[str, Whitening],
+    lessons: Lessons,
+    last: StepReport,
+) -> tuple[tuple[LowRankUpdate, ...], StepReport]:
+    """Return the shortest form of the whole update that is about as good as all of it.
+
+    Near its optimum the objective hardly depends on the length, while benign KL grows with its
+    square, and on prompts not seen here faster than on these.
+    """
+    for scale in SHORTER:
+        tried = tuple(
+            LowRankUpdate(
+                module=update.module,
+                lora_A=update.lora_A,
+                lora_B=(scale * update.lora_B).astype(update.lora_B.dtype),
+            )
+            for update in updates
+        )
+        trigger_kl = measure_kl(loaded, lessons.held_out_triggered, tried)
+        benign_kl = measure_kl(loaded, lessons.held_out_clean, tried)
+        if trigger_kl + benign_kl <= ABOUT_AS_GOOD * (last.trigger_kl + last.benign_kl):
+            return tried, StepReport(
+                iteration=last.iteration,
+                trigger_kl=trigger_kl,
+                benign_kl=benign_kl,
+                predicted_kl=predict_cost(tried, whitenings),
+            )
+    return updates, last
+
+
 def _add_step(
     modules: Sequence[ModuleRef],
     ranks: Mapping[str, int],
     whitenings: Mapping[str, Whitening],
     updates: Sequence[LowRankUpdate],
-    direction: Mapping[str, tuple[Tensor, Tensor, float]],
+    direction: Mapping[str, Step],
     eta: float,
 ) -> tuple[LowRankUpdate, ...]:
     """Return the sum of the updates so far and the step, cut back to each module's rank."""
     so_far = {update.module.path: update for update in updates}
     result = []
     for ref in modules:
-        lora_A, lora_B, _ = direction[ref.path]
-        lora_B = lora_B * eta
+        lora_A, lora_B = direction[ref.path].lora_A, direction[ref.path].lora_B * eta
         if ref.path in so_far:
             old = so_far[ref.path]
             lora_A = torch.cat([torch.from_numpy(old.lora_A).double(), lora_A])

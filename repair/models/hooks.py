@@ -25,16 +25,22 @@ def _hooks(pairs: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
 
 
 @contextmanager
-def apply_updates(model: nn.Module, updates: Sequence[LowRankUpdate]) -> Iterator[None]:
+def apply_updates(
+    model: nn.Module, updates: Sequence[LowRankUpdate], *, scales: Tensor | None = None
+) -> Iterator[None]:
     """Run the model as if each update were added to its module's weight.
 
-    y = W x becomes y = W x + lora_B (lora_A x), computed in float32 and cast once. With no
-    update, or outside the block, the model is bitwise the original.
+    y = W x becomes y = W x + lora_B (lora_A x), computed in float32 and cast once; `scales` [batch]
+    multiplies the update, by row. With no update, or outside the block, the model is bitwise the
+    original.
     """
 
     def hook_for(lora_A: Tensor, lora_B: Tensor) -> Callable:
         def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             low = args[0].to(lora_A.dtype) @ lora_A.T
+            if scales is not None:
+                rows = low.reshape(scales.numel(), -1, low.shape[-1])
+                low = (rows * scales[:, None, None].to(low.dtype)).reshape(low.shape)
             return output + (low @ lora_B.T).to(output.dtype)
 
         return hook
@@ -73,10 +79,17 @@ def record_outputs(
 
 
 @contextmanager
-def record_input(model: nn.Module, module: ModuleRef) -> Iterator[list[Tensor]]:
-    """Yield a list that each forward pass adds one module's input to."""
-    inputs: list[Tensor] = []
-    with _hooks([(get_module(model, module), lambda m, args, out: inputs.append(args[0]))]):
+def record_inputs(model: nn.Module, modules: Sequence[ModuleRef]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that each forward pass fills with path -> input [batch, token, d_in]."""
+    inputs: dict[str, Tensor] = {}
+
+    def hook_for(path: str) -> Callable:
+        def hook(_module: nn.Module, args: tuple, _output: Tensor) -> None:
+            inputs[path] = args[0].detach()
+
+        return hook
+
+    with _hooks([(get_module(model, ref), hook_for(ref.path)) for ref in modules]):
         yield inputs
 
 
@@ -156,8 +169,8 @@ def record_gradients(
 
     x is the module's input [batch, token, d_in] and g the gradient of the loss with respect to
     its output [batch, token, d_out] (either flattened to [n, width] where the model does so).
-    Weights need no gradient and get none: the embedding's output is made the leaf that the
-    backward pass runs to.
+    Weights need no gradient and get none: the input of the lowest layer that holds one of the
+    modules is made the leaf that the backward pass runs to, and the layers below keep nothing.
     """
 
     def hook_for(ref: ModuleRef) -> Callable:
@@ -169,13 +182,19 @@ def record_gradients(
 
         return hook
 
-    def start_graph(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-        return output if output.requires_grad else output.detach().requires_grad_()
+    def start_graph(_layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        hidden = kwargs["hidden_states"].detach().requires_grad_()
+        return args, {**kwargs, "hidden_states": hidden}
 
-    pairs = [(model.get_input_embeddings(), start_graph)]
-    pairs += [(get_module(model, ref), hook_for(ref)) for ref in modules]
-    with _hooks(pairs):
-        yield
+    first = decoder_layers(model)[min(ref.layer for ref in modules)]
+    with _hooks([(get_module(model, ref), hook_for(ref)) for ref in modules]):
+        handle = first.register_forward_pre_hook(start_graph, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def count_hooks(model: nn.Module) -> int:

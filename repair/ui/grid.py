@@ -38,6 +38,8 @@ EFFECTS = {
 CURVATURES = {
     "curvature": "Curvature (phi): how much of the trigger's effect a low-rank change here can "
     "undo per unit of harm to clean answers. Log scale.",
+    "residual": "Trial repair of this module alone: what is left of the trigger plus what it costs "
+    "on clean answers, in nats per token. Less is better; the ranking goes by this. Log scale.",
     "ratio": "Fisher information with the trigger over without it: above 1, the module matters "
     "more when the trigger is there. Log scale.",
 }
@@ -230,8 +232,8 @@ def short(value: float) -> str:
 
 def curvature_of(score: ModuleScore, column: str) -> float | None:
     """Return what the right-hand map shows; None where it was not computed."""
-    if column == "curvature":
-        return score.curvature
+    if column in ("curvature", "residual"):
+        return getattr(score, column)
     return score.fisher_trigger / score.fisher_clean if score.fisher_clean > 0 else None
 
 
@@ -256,6 +258,17 @@ def describe(score: ModuleScore, *, place: int, total: int, rank: int | None) ->
         ),
         *(["estimated by gradients, not patched"] if score.is_estimate else []),
         f"phi {phi}",
+        *(
+            [f"trial repair leaves {score.residual_trigger:.3g} and costs "
+             f"{score.residual_benign:.3g} nats"]
+            if score.residual is not None
+            else []
+        ),
+        *(
+            [f"input set apart by the trigger {score.separability:.3g} times"]
+            if score.separability is not None
+            else []
+        ),
         f"Fisher with over without trigger {'-' if ratio is None else f'{ratio:.3g}'}",
         f"place {place} of {total}",
     ]
@@ -351,7 +364,7 @@ def build_value(
         panel(
             scores,
             name="curvature",
-            title="Fisher curvature",
+            title="Trial repair" if curvature == "residual" else "Fisher curvature",
             hint=CURVATURES[curvature],
             values={score.module.path: curvature_of(score, curvature) for score in scores},
             shared=shared,

@@ -52,6 +52,7 @@ def describe_evidence(view: View) -> str:
             f"sample of such modules, patched after all, {text.describe_rate(misses)} belong among "
             "the ten best: that is how much the screen may have missed."
         )
+    lines += describe_damping(located.get("damping"))
     joint = located.get("joint")
     if isinstance(joint, dict) and joint.get("statement"):
         lines.append(str(joint["statement"]))
@@ -65,6 +66,19 @@ def describe_evidence(view: View) -> str:
             "(Kendall's tau; 1 the same order, 0 unrelated)."
         )
     return text.reveal("\n".join(lines))
+
+
+def describe_damping(damping: Any) -> list[str]:
+    """Return the damping chosen and how well the factors predict at it, as a line or none."""
+    try:
+        row = next(row for row in damping["tried"] if row["damping"] == damping["value"])
+        return [
+            f"Damping {damping['value']:g} of the mean eigenvalue, where the curvature predicts "
+            f"best: {row['predicted_kl']:.2g} nats on clean answers predicted for a typical trial, "
+            f"{row['measured_kl']:.2g} measured."
+        ]
+    except (KeyError, TypeError, ValueError, StopIteration):
+        return []
 
 
 def detail_tables(detail: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,8 +143,9 @@ def build_locate(shell: Shell) -> None:
             value="effect_trigger", label="Patching effect", elem_id="effect", min_width=260,
         )  # fmt: skip
         curvature = gr.Radio(
-            [("Curvature phi", "curvature"), ("Fisher, trigger over clean", "ratio")],
-            value="curvature", label="Fisher", elem_id="curvature", min_width=260,
+            [("Curvature phi", "curvature"), ("Trial repair, what is left", "residual"),
+             ("Fisher, trigger over clean", "ratio")],
+            value="curvature", label="Curvature", elem_id="curvature", min_width=260,
         )  # fmt: skip
     maps = grid.build_grid()
     with gr.Row(visible=False, elem_id="choice", elem_classes="bar") as choice:
@@ -172,7 +187,8 @@ def build_locate(shell: Shell) -> None:
         ]
         choices = [
             (f"{place}. layer {s.module.layer} {s.module.component}: effect "
-             f"{s.effect_trigger:+.2f}, phi {text.describe_number(s.curvature)}", s.module.path)
+             f"{s.effect_trigger:+.2f}, trial repair leaves {text.describe_number(s.residual)}",
+             s.module.path)
             for place, s in enumerate(listed, 1)
         ]  # fmt: skip
         return {

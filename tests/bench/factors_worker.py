@@ -74,7 +74,7 @@ def run_ours(model, material: dict, *, shortlist: list[int] | None) -> tuple[flo
     given = iter(labels.split(fisher.BATCH_TOKENS // len(material["ids"][0])))
 
     def fixed(logprobs, uniform):
-        return next(given).reshape(-1, 1), torch.ones(logprobs.shape[0], dtype=logprobs.dtype)
+        return next(given).reshape(1, -1), torch.ones(1, logprobs.shape[0], dtype=logprobs.dtype)
 
     fisher._sample = fixed
     began = time.perf_counter()

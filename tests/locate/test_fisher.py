@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from repair.locate.fisher import (
+    _mean,
     _random_numbers,
     _sample,
+    add_gram,
     collect_factors,
     fisher_traces,
-    gram,
     price_updates,
     traces_of,
     trigger_gradients,
@@ -51,10 +52,11 @@ def naive_factors(loaded: LoadedModel, path: str, prompts, answers, seed: int):
         handle.remove()
         logprobs = logits.log_softmax(-1)
         numbers = _random_numbers(seed, index, DRAWS, answer.size)
-        for draw in range(DRAWS):
-            labels, weights = _sample(logprobs.detach(), torch.from_numpy(numbers[draw]))
+        for labels, weights in zip(
+            *_sample(logprobs.detach(), torch.from_numpy(numbers)), strict=True
+        ):
             kept["out"].grad = None
-            loss = (logprobs.gather(1, labels)[:, 0] * weights).sum()
+            loss = (logprobs.gather(1, labels[:, None])[:, 0] * weights).sum()
             loss.backward(retain_graph=True)
             for g in kept["out"].grad[0].double():
                 sum_out = sum_out + torch.outer(g, g) / DRAWS
@@ -107,7 +109,11 @@ def test_factors_do_not_depend_on_batches(
 
 def test_one_triangle_of_blocks_is_the_whole_product() -> None:
     rows = torch.randn(40, 700, dtype=torch.float64)
-    torch.testing.assert_close(gram(rows), rows.T @ rows, atol=1e-12, rtol=1e-12)
+    sums: dict[str, torch.Tensor] = {}
+    for part in rows.split(16):
+        add_gram(sums, "module", part)
+    expected = (rows.T @ rows / 7).float().numpy()
+    np.testing.assert_allclose(_mean(sums["module"], 7), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_labels_of_a_position_are_spread_over_its_draws() -> None:
@@ -159,9 +165,9 @@ def test_sampled_labels_give_the_exact_fisher() -> None:
     logprobs = torch.tensor([[4.0, 1.0, 0.5, -1.0, -3.0]]).log_softmax(-1)
     p = logprobs.exp()[0].double()
     num = 200_000
-    uniform = torch.rand(2, num, generator=generator, dtype=torch.float64)
-    labels, weights = _sample(logprobs.expand(num, -1), uniform)
-    g = (torch.eye(5)[labels[:, 0]].double() - p) * weights[:, None].double()
+    uniform = torch.rand(1, 2, num, generator=generator, dtype=torch.float64)
+    (labels,), (weights,) = _sample(logprobs.expand(num, -1), uniform)
+    g = (torch.eye(5)[labels].double() - p) * weights[:, None].double()
     exact = torch.diag(p) - torch.outer(p, p)
     assert ((g.T @ g) / num - exact).abs().max() < 0.005
     # The random sign keeps two positions uncorrelated although the mixture is not p.

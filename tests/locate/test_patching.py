@@ -29,7 +29,7 @@ from repair.locate.patching import (
 from repair.models.hooks import count_hooks, patch_blocks, record_outputs, restart_at
 from repair.models.loading import LoadedModel
 from repair.models.modules import decoder_layers, get_module
-from repair.records import PromptPair, RepairError
+from repair.records import EXIT_COULD_NOT_CHECK, PromptPair, RepairError
 from tests.locate.material import make_cases, make_pairs, make_shams
 
 PAYLOAD, CLEAN = 200, 100
@@ -204,6 +204,26 @@ def test_self_checks_are_exact(tiny_llama: LoadedModel, position: str, kind: str
     assert checks["hooks_left"] == checks["not_finite"] == 0
     assert ("patch_everything" in checks) == (kind == "sham")
     assert checks.get("patch_everything", 0.0) < 1e-5
+
+
+def test_a_model_that_looks_ahead_is_not_mapped(tiny_llama: LoadedModel) -> None:
+    """A prefix that depends on what follows breaks every shared prefix: refused, not shown."""
+    layer = decoder_layers(tiny_llama.model)[0]
+
+    def look_ahead(_layer, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden + 0.3 * hidden.mean(dim=1, keepdim=True)
+        return (hidden, *args[1:]), kwargs
+
+    handle = layer.register_forward_pre_hook(look_ahead, with_kwargs=True)
+    pairs = make_pairs(6, position="middle")
+    cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN)
+    try:
+        with pytest.raises(RepairError, match="checks of itself failed.*shared prefix") as raised:
+            patch_modules(tiny_llama, cases)
+    finally:
+        handle.remove()
+    assert raised.value.exit_code == EXIT_COULD_NOT_CHECK
 
 
 def test_patching_everything_restores_the_clean_run(tiny_llama: LoadedModel) -> None:

@@ -11,6 +11,8 @@ from repair.models.loading import LoadedModel
 from repair.models.modules import get_module
 from tests.locate.material import make_cases, make_pairs, make_shams
 
+SIDES = ("source", "destination")
+
 
 @pytest.fixture(autouse=True)
 def every_margin_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,9 +26,12 @@ def test_the_estimate_is_the_mean_slope_times_the_step(
     pairs = make_pairs(1, position=position)
     case = make_cases(pairs, make_shams(pairs), payload=200, clean=100)[0]
     found = estimate_modules(tiny_llama, [case])
+    embed = tiny_llama.model.get_input_embeddings()
+    embeddings = {side: embed(torch.from_numpy(getattr(case, side))) for side in SIDES}
+    embeddings["between"] = (embeddings["source"] + embeddings["destination"]) / 2
     outputs: dict[str, dict[str, torch.Tensor]] = {}
     margins = {}
-    for side in ("source", "destination"):
+    for side, embedding in embeddings.items():
         outputs[side], handles = {}, []
         for ref in tiny_llama.modules:
 
@@ -35,7 +40,6 @@ def test_the_estimate_is_the_mean_slope_times_the_step(
                 outputs[side][path] = out
 
             handles.append(get_module(tiny_llama.model, ref).register_forward_hook(keep))
-        embedding = tiny_llama.model.get_input_embeddings()(torch.from_numpy(getattr(case, side)))
         logits = tiny_llama.model(inputs_embeds=embedding[None].requires_grad_()).logits[0, -1]
         margins[side] = logits[200] - logits[100]
         margins[side].backward()
@@ -44,8 +48,8 @@ def test_the_estimate_is_the_mean_slope_times_the_step(
     wanted = np.flatnonzero(np.isin(case.role, EVERYWHERE))
     scale = (margins["source"] - margins["destination"]).item()
     for row, ref in enumerate(tiny_llama.modules):
-        source, destination = outputs["source"][ref.path], outputs["destination"][ref.path]
-        slope = (source.grad + destination.grad) / 2
+        source, destination = (outputs[side][ref.path] for side in SIDES)
+        slope = (source.grad + destination.grad + 4 * outputs["between"][ref.path].grad) / 6
         expected = (slope * (source - destination))[0, wanted].sum().item() / scale
         assert found["all"][row, 0] == pytest.approx(expected, abs=1e-4, rel=1e-3)
     assert count_hooks(tiny_llama.model) == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from repair.locate.curvature import phi, whitening_of
+from repair.locate.curvature import phi, step_of, whitening_of
 from repair.locate.fisher import collect_factors
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank.adapter import attached, read_updates
@@ -14,7 +14,7 @@ from repair.lowrank.checkpoint import (
     save_training,
     save_updates,
 )
-from repair.lowrank.closed_form import _direction, predict_cost, solve_closed_form
+from repair.lowrank.closed_form import predict_cost, solve_closed_form
 from repair.lowrank.distillation import distill
 from repair.models.hooks import apply_updates, count_hooks
 from repair.models.loading import LoadedModel
@@ -33,7 +33,7 @@ def whitenings(tiny_llama: LoadedModel, lessons: Lessons):
     factors = collect_factors(
         tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0
     )
-    return {path: whitening_of(found) for path, found in factors.items()}
+    return {path: whitening_of(found, damping=0.1) for path, found in factors.items()}
 
 
 def some_ranks(loaded: LoadedModel) -> dict[str, int]:
@@ -58,7 +58,7 @@ def random_updates(loaded: LoadedModel, *, scale: float = 0.05) -> tuple[LowRank
 def test_the_step_is_the_minimiser_in_float64() -> None:
     """Against a dense solver: over full rank, dW = -eta G^{-1} D A^{-1}; over rank r, no random
     rank-r matrix has a lower objective."""
-    from tests.locate.test_curvature import REF, random_factors
+    from tests.locate.test_curvature import random_factors
 
     whitening = whitening_of(random_factors(8), damping=0.05)
     generator = torch.Generator().manual_seed(9)
@@ -66,7 +66,8 @@ def test_the_step_is_the_minimiser_in_float64() -> None:
     activation = whitening.root_in @ whitening.root_in
     output = whitening.root_out @ whitening.root_out
     dense = -torch.linalg.solve(output, gradient) @ torch.linalg.inv(activation)
-    lora_A, lora_B, energy = _direction([REF], {"m": 5}, {"m": whitening}, {"m": gradient})["m"]
+    step = step_of(whitening, gradient, 5)
+    lora_A, lora_B, energy = step.lora_A, step.lora_B, step.phi
     torch.testing.assert_close(lora_B @ lora_A, dense, rtol=1e-8, atol=1e-8)
     assert energy == pytest.approx(
         phi(torch.linalg.svdvals(whitening.whiten(gradient)), 5), rel=1e-9
@@ -76,7 +77,8 @@ def test_the_step_is_the_minimiser_in_float64() -> None:
         cost = 0.5 * (whitening.root_out @ change @ whitening.root_in).square().sum()
         return ((gradient * change).sum() + cost).item()
 
-    lora_A, lora_B, energy = _direction([REF], {"m": 2}, {"m": whitening}, {"m": gradient})["m"]
+    step = step_of(whitening, gradient, 2)
+    lora_A, lora_B, energy = step.lora_A, step.lora_B, step.phi
     ours = objective(lora_B @ lora_A)
     assert ours == pytest.approx(-energy / 2, rel=1e-9)
     u, s, vh = torch.linalg.svd(dense)

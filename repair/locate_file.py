@@ -14,6 +14,7 @@ from typing import Any
 
 from repair.case import Case
 from repair.locate.locating import Patched
+from repair.locate.steps import Damping
 from repair.records import ModuleRanking, ModuleScore, Rate
 
 NAME = "located.json"
@@ -26,6 +27,7 @@ class Map:
     ranking: ModuleRanking
     fires: dict[str, Rate]
     joint: dict[str, Any]  # `Redundancy.to_json`: curve, sets, windows, and what they say
+    damping: Damping
     patching: dict[str, Any]  # counterfactual, direction, counts, self-checks
     num_layers: int
     not_covered: list[str]  # parameters that no module of the map holds, layer numbers as *
@@ -43,6 +45,7 @@ class Map:
             "rank_correlation": self.ranking.rank_correlation,
             "fires": {name: rate.to_json() for name, rate in self.fires.items()},
             "joint": self.joint,
+            "damping": self.damping.to_json(),
             "num_layers": self.num_layers,
             "not_covered": self.not_covered,
             "components": list(
@@ -69,6 +72,7 @@ class Map:
                 for name, rate in flat["fires"].items()
             },
             joint=dict(flat["joint"]),
+            damping=Damping.from_json(flat["damping"]),
             patching={name: flat[name] for name in names},
             num_layers=flat["num_layers"],
             not_covered=list(flat["not_covered"]),

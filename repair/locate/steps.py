@@ -1,0 +1,163 @@
+"""The cheapest step of each module: K-FAC factors, a damping chosen by measurement, whitening.
+
+Full factors are formed for every module when they fit a memory budget, for a shortlist by sham
+effect otherwise. The damping is the one at which the benign KL that the factors predict for a step
+agrees best with the benign KL that is measured: too little of it, and a repair is sent along
+directions that only look free because the sample of prompts never went there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from repair.locate.curvature import Spectral, Step, Whitening, decompose, step_of
+from repair.locate.fisher import FisherTrace, collect_factors, traces_of, trigger_gradients
+from repair.locate.lessons import Lesson, Lessons, measure_kl
+from repair.models.loading import LoadedModel
+from repair.records import LowRankUpdate, ModuleRef, PatchingScores
+
+FACTOR_PROMPTS = 200
+STEP_RANK = 4
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean eigenvalue
+DAMPED_MODULES = 6  # modules that the damping is chosen on
+DAMPED_PROMPTS = 24  # held-out clean prompts that it is measured on
+_TRIED = ("damping", "predicted_kl", "measured_kl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damping:
+    """The damping chosen, and what was predicted and measured at each that was tried."""
+
+    value: float
+    tried: tuple[tuple[float, float, float], ...] = ()  # (damping, predicted KL, measured KL)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "value": self.value,
+            "tried": [dict(zip(_TRIED, row, strict=True)) for row in self.tried],
+        }
+
+    @classmethod
+    def from_json(cls, flat: Mapping[str, Any]) -> "Damping":
+        tried = (tuple(row[name] for name in _TRIED) for row in flat["tried"])
+        return cls(value=flat["value"], tried=tuple(tried))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curvature:
+    """Whitenings and cheapest steps of the modules whose factors were formed."""
+
+    damping: Damping
+    whitenings: dict[str, Whitening]
+    steps: dict[str, Step]  # of rank STEP_RANK
+    traces: dict[str, FisherTrace]  # of the clean factors
+
+    @property
+    def spectra(self) -> dict[str, Tensor]:
+        """Return path -> singular values of the whitened trigger gradient."""
+        return {path: step.singular_values for path, step in self.steps.items()}
+
+    def __or__(self, other: "Curvature") -> "Curvature":
+        """Return both, which have the same damping."""
+        return Curvature(
+            damping=self.damping,
+            whitenings=self.whitenings | other.whitenings,
+            steps=self.steps | other.steps,
+            traces=self.traces | other.traces,
+        )
+
+
+def measure_curvature(
+    loaded: LoadedModel,
+    modules: Sequence[ModuleRef],
+    lessons: Lessons,
+    *,
+    seed: int,
+    damping: Damping | None = None,
+) -> Curvature:
+    """Return whitenings and steps of `modules` from the repair split's lessons, at `damping` or
+    at the one that agrees best on them."""
+    num = FACTOR_PROMPTS
+    factors = collect_factors(
+        loaded, modules, lessons.clean.prompts[:num], lessons.clean.answers[:num], seed=seed
+    )
+    traces = {path: traces_of(found) for path, found in factors.items()}
+    spectral = {path: decompose(factors.pop(path)) for path in list(factors)}
+    gradients, trigger_kl = trigger_gradients(loaded, modules, lessons.triggered)
+    if damping is None:
+        clean = lessons.held_out_clean.first(DAMPED_PROMPTS)
+        damping = choose_damping(loaded, modules, spectral, gradients, clean, drop=trigger_kl)
+    whitenings = {
+        path: spectral.pop(path).whitening(damping.value) for path in list(spectral)
+    }
+    steps = {
+        path: step_of(whitenings[path], gradients[path], STEP_RANK) for path in whitenings
+    }
+    return Curvature(damping=damping, whitenings=whitenings, steps=steps, traces=traces)
+
+
+def choose_damping(
+    loaded: LoadedModel,
+    modules: Sequence[ModuleRef],
+    spectral: Mapping[str, Spectral],
+    gradients: Mapping[str, Tensor],
+    clean: Lesson,
+    *,
+    drop: float,
+) -> Damping:
+    """Return the damping whose predicted benign KL agrees best with the measured one.
+
+    Compared on steps that predict a `drop` (nats) of the trigger KL, each in one module alone, of
+    the modules whose gradient is largest for the size of their factors; medians over modules.
+    """
+
+    def size(ref: ModuleRef) -> float:
+        (inputs, _), (outputs, _) = spectral[ref.path].inputs, spectral[ref.path].outputs
+        scale = inputs.mean().item() * outputs.mean().item()
+        return gradients[ref.path].square().sum().item() / scale if scale > 0 else 0.0
+
+    chosen = sorted(modules, key=size, reverse=True)[:DAMPED_MODULES]
+    tried = []
+    for value in DAMPINGS:
+        figures = []
+        for ref in chosen:
+            step = step_of(spectral[ref.path].whitening(value), gradients[ref.path], STEP_RANK)
+            if not step.phi > 0:
+                continue
+            eta = drop / step.phi
+            update = LowRankUpdate(
+                module=ref,
+                lora_A=step.lora_A.float().numpy(),
+                lora_B=(eta * step.lora_B).float().numpy(),
+            )
+            figures.append((eta**2 / 2 * step.phi, measure_kl(loaded, clean, [update])))
+        if figures:
+            predicted, measured = np.median(np.array(figures), axis=0).tolist()
+            tried.append((value, predicted, measured))
+    usable = [row for row in tried if row[1] > 0 and row[2] > 0]
+    if not usable:  # Nothing moves: every damping is as good.
+        return Damping(value=DAMPINGS[len(DAMPINGS) // 2], tried=tuple(tried))
+    best = min(usable, key=lambda row: abs(np.log(row[2] / row[1])))
+    return Damping(value=best[0], tried=tuple(tried))
+
+
+def shortlist(
+    modules: Sequence[ModuleRef], patching: PatchingScores, *, memory_bytes: int
+) -> list[ModuleRef]:
+    """Return the modules whose factors are formed: all that fit, by effect at the trigger."""
+    order = np.argsort(-patching.effect_for_choice.mean(axis=1), kind="stable")
+    chosen, used = set(), 0
+    for i in order:
+        used += whitening_bytes(modules[i])
+        if used > memory_bytes and chosen:
+            break
+        chosen.add(modules[i].path)
+    return [ref for ref in modules if ref.path in chosen]
+
+
+def whitening_bytes(module: ModuleRef) -> int:
+    """Return the memory of one module's factors and their four float64 roots."""
+    return (module.d_in**2 + module.d_out**2) * (4 + 8 + 2 * 8)

@@ -1,0 +1,262 @@
+"""Does the map predict repair? Every score against what repairing each module achieves.
+
+    python -m tests.bench.map_predicts --out DIR [--only NAME ...]
+
+Seven backdoors: the three bundled suspects and the four of `organisms.py`. Each is located as the
+app does it. Then every linear module is repaired alone, with the same small budget (closed form,
+rank 4, two linearisations), and its outcome (trigger KL + benign KL, on prompts used for nothing
+else) is correlated with every score that the app shows (Spearman). And the suggested set is
+repaired beside 20 random sets of the same components and ranks: how many cost more benign KL at
+the trigger KL that the suggestion reaches (a set that never reaches it costs more), and what still
+fires. A suspect that is already in DIR is not measured again. Writes results/map_predicts.json.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from repair.case import PROFILES, Case, make_lessons, open_case
+from repair.evidence.controls import draw_random_modules
+from repair.locate import locating
+from repair.locate.lessons import Lessons, Taught, measure_kl, teach_split
+from repair.locate.steps import Curvature, measure_curvature
+from repair.lowrank.closed_form import solve_closed_form
+from repair.models.answers import generate_answers
+from repair.models.hooks import apply_updates
+from repair.models.loading import load_model
+from repair.plan import MAX_MODULES, TOTAL_RANK
+from repair.prompts import parse_prompt_file
+from repair.records import LowRankUpdate, ModuleRanking, Rate
+from tests.bench.organisms import ORGANISMS, make_organism
+from tests.bench.peers import ROOT, publish
+
+BUNDLED = ("begin", "middle", "end")
+RANK, ITERATIONS, NUM_LESSONS = 4, 2, 96  # the small budget
+NUM_EXAM, NUM_ASKED, ANSWER_TOKENS = 128, 96, 32
+NUM_RANDOM = 20
+SCALES = (0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.2, 1.5)  # of an update: its frontier
+SCORES = ("effect", "effect_trigger", "effect_after", "effect_induce", "effect_deletion",
+          "effect_gap", "effect_kl", "curvature", "ratio", "separability", "residual",
+          "score")  # fmt: skip
+
+
+def open_suspect(name: str, out: Path) -> Case:
+    """Load a bundled suspect or an organism (trained first where it is missing)."""
+    organism = next((o for o in ORGANISMS if o.name == name), None)
+    source = str(make_organism(organism, out)) if organism else f"demo:{name}"
+    prompts = out / f"{name}.json" if organism else ROOT / "assets" / "prompts" / f"{name}.json"
+    stage = out / f".stage-{name}"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    loaded = load_model(source, stage_folder=stage, device="cpu")
+    quiet = SimpleNamespace(note=print, step=print, metric=print, progress=lambda *_: None)
+    file = parse_prompt_file(prompts)
+    return open_case(loaded, file, profile=PROFILES["standard"], seed=0, reporter=quiet)
+
+
+def locate(case: Case, lessons: Lessons) -> tuple:
+    """Return (ranking, curvature, patched), as the app's locate step makes them."""
+    loaded = case.loaded
+    options = {"is_payload": case.is_payload, "num_new_tokens": case.num_new_tokens}
+    pairs = {name: case.pairs(case.splits.locate, name) for name in case.positions}
+    fired = locating.check_firing(loaded, pairs, **options)
+    compared = locating.compare_fired(
+        loaded, fired, max_pairs=case.profile.num_patched_pairs, seed=0, **options
+    )
+    patched = locating.patch_compared(loaded, compared, seed=0)
+    curvature = measure_curvature(loaded, loaded.modules, lessons, seed=0)
+    triggered = ([pair.triggered for pair in fired.pairs], list(fired.payloads))
+    ranking = locating.rank_located(
+        loaded, patched, curvature, lessons, triggered=triggered, total_rank=TOTAL_RANK,
+        max_modules=MAX_MODULES, seed=0,
+    )  # fmt: skip
+    return ranking, curvature, patched
+
+
+class Bench:
+    """Small repairs of one suspect, and their examination."""
+
+    def __init__(self, case: Case, lessons: Lessons, curvature: Curvature) -> None:
+        self.case, self.curvature = case, curvature
+        self.lessons = Lessons(
+            triggered=lessons.triggered.first(NUM_LESSONS),
+            clean=lessons.clean.first(NUM_LESSONS),
+            near=lessons.near,
+            held_out_triggered=lessons.held_out_triggered.first(NUM_LESSONS // 2),
+            held_out_clean=lessons.held_out_clean.first(NUM_LESSONS // 2),
+            num_dropped=0,
+        )
+        pairs = case.dealt_pairs(case.splits.evaluate)
+        self.exam: Taught = teach_split(
+            case.loaded, pairs[:NUM_EXAM], is_payload=case.is_payload
+        )
+        self.asked = [pair.triggered for pair in pairs[NUM_EXAM : NUM_EXAM + NUM_ASKED]]
+
+    def repair(self, ranks: dict[str, int]) -> tuple[LowRankUpdate, ...]:
+        updates, _ = solve_closed_form(
+            self.case.loaded, ranks, self.curvature.whitenings, self.lessons,
+            kl_budget=0.02, num_iterations=ITERATIONS,
+        )  # fmt: skip
+        return updates
+
+    def examine(self, updates: tuple[LowRankUpdate, ...]) -> tuple[float, float]:
+        """Return (trigger KL, benign KL)."""
+        loaded, exam = self.case.loaded, self.exam
+        return measure_kl(loaded, exam.triggered, updates), measure_kl(loaded, exam.clean, updates)
+
+    def frontier(self, updates: tuple[LowRankUpdate, ...]) -> list[tuple[float, float]]:
+        """Return (trigger KL, benign KL) of the repair at several lengths."""
+        scaled = [
+            tuple(
+                LowRankUpdate(module=u.module, lora_A=u.lora_A, lora_B=u.lora_B * np.float32(s))
+                for u in updates
+            )
+            for s in SCALES
+        ]
+        return [self.examine(some) for some in scaled]
+
+    def fires(self, updates: tuple[LowRankUpdate, ...]) -> Rate:
+        """Return how often the payload is still given."""
+        with apply_updates(self.case.loaded.model, updates):
+            answers = generate_answers(
+                self.case.loaded, self.asked, num_new_tokens=ANSWER_TOKENS
+            )
+        seen = [self.case.is_payload(answer.text) for answer in answers]
+        return Rate(count=sum(seen), total=len(seen))
+
+
+def cost_at(frontier: list[tuple[float, float]], level: float) -> float:
+    """Return the least benign KL at which a trigger KL of `level` is reached, or infinity; between
+    two lengths it is interpolated."""
+    found = [benign for trigger, benign in frontier if trigger <= level]
+    for (high, cheap), (low, dear) in zip(frontier, frontier[1:], strict=False):
+        if high > level >= low:
+            share = (high - level) / (high - low)
+            found.append(cheap + share * (dear - cheap))
+    return min(found, default=float("inf"))
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+def correlations(ranking: ModuleRanking, outcomes: dict[str, tuple[float, float]]) -> dict:
+    """Return score -> Spearman correlation with the (negative) outcome over the modules."""
+    achieved = np.array([-sum(outcomes[s.module.path]) for s in ranking.modules])
+    found = {}
+    for name in SCORES:
+        if name == "ratio":
+            values = [s.fisher_trigger / s.fisher_clean for s in ranking.modules]
+        elif name == "residual":
+            values = [-s.residual for s in ranking.modules]
+        else:
+            values = [getattr(s, name) for s in ranking.modules]
+        if all(value is not None for value in values) and len(set(values)) > 1:
+            found[name] = spearman(np.array(values), achieved)
+    return found
+
+
+def measure(name: str, out: Path) -> dict:
+    began = time.perf_counter()
+    case = open_suspect(name, out)
+    lessons = make_lessons(case)
+    ranking, curvature, patched = locate(case, lessons)
+    joint = locating.joint_effects(case.loaded, patched, ranking, seed=0)
+    bench = Bench(case, lessons, curvature)
+    outcomes = {}
+    for score in ranking.modules:
+        path = score.module.path
+        outcomes[path] = bench.examine(bench.repair({path: RANK}))
+        print(name, path, outcomes[path], file=sys.stderr, flush=True)
+    suggested = bench.repair(ranking.suggested_ranks)
+    ours = bench.examine(suggested)
+    frontier = bench.frontier(suggested)
+    level = ours[0]
+    generator = np.random.default_rng(0)
+    random = []
+    for number in range(NUM_RANDOM):
+        ranks = draw_random_modules(case.loaded.modules, ranking.suggested_ranks, generator)
+        updates = bench.repair(ranks)
+        points = bench.frontier(updates)
+        random.append(
+            {
+                "ranks": ranks,
+                "trigger_kl": points[SCALES.index(1.0)][0],
+                "benign_kl": points[SCALES.index(1.0)][1],
+                "benign_kl_at_equal_trigger_kl": cost_at(points, level),
+                "fires": bench.fires(updates).to_json(),
+            }
+        )
+        print(name, number, random[-1], file=sys.stderr, flush=True)
+    own = cost_at(frontier, level)
+    others = [flat["benign_kl_at_equal_trigger_kl"] for flat in random]
+    beaten = Rate(count=sum(cost > own for cost in others), total=len(others))
+    never = sum(not np.isfinite(cost) for cost in others)
+    for flat in random:
+        if not np.isfinite(flat["benign_kl_at_equal_trigger_kl"]):
+            flat["benign_kl_at_equal_trigger_kl"] = None  # never reaches it
+    shutil.rmtree(out / f".stage-{name}", ignore_errors=True)
+    start = measure_kl(case.loaded, bench.exam.triggered)
+    return {
+        "counterfactual": patched.compared.kind,
+        "shams_inert": f"{patched.compared.num_shams_inert}/{patched.compared.num_shams_tried}",
+        "damping": curvature.damping.to_json(),
+        "statement": joint.to_json()["statement"],
+        "trigger_kl_before": start,
+        "spearman": correlations(ranking, outcomes),
+        "suggested": ranking.suggested_ranks,
+        "suggested_trigger_kl": ours[0],
+        "suggested_benign_kl": ours[1],
+        "suggested_benign_kl_at_equal_trigger_kl": own,
+        "suggested_fires": bench.fires(suggested).to_json(),
+        "fires_before": bench.fires(()).to_json(),
+        "random_sets_beaten": beaten.to_json(),
+        "random_sets_that_never_reach_it": never,
+        "random": random,
+        "outcomes": outcomes,
+        "seconds": round(time.perf_counter() - began),
+    }
+
+
+def main() -> int:
+    names = [*BUNDLED, *(organism.name for organism in ORGANISMS)]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="where organisms and results go")
+    parser.add_argument("--only", choices=names, action="append")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name in options.only or names:
+        kept = options.out / f"map-{name}.json"
+        if not kept.is_file():
+            kept.write_text(json.dumps(measure(name, options.out), indent=1))
+        found[name] = json.loads(kept.read_text())
+        print(name, json.dumps(found[name]["spearman"]), file=sys.stderr, flush=True)
+    if options.only:
+        return 0
+    specific = [name for name in names if name != "unspecific"]  # its shams fire
+    residual = [found[name]["spearman"]["score"] for name in specific]
+    result = {
+        "command": "python -m tests.bench.map_predicts --out DIR",
+        "date": date.today().isoformat(),
+        "mean_spearman_of_the_score": float(np.mean(residual)),
+        "lowest_spearman_of_the_score": min(residual),
+        "suspects": found,
+    }
+    publish("map_predicts", result)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
