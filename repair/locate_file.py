@@ -18,6 +18,7 @@ from repair.locate.steps import Damping
 from repair.records import ModuleRanking, ModuleScore, Rate
 
 NAME = "located.json"
+FORMAT = 2  # of the file: a map kept by an earlier version is made again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,7 @@ class Map:
 def fingerprint(case: Case) -> str:
     """Return a hash of everything the map depends on."""
     basis = {
+        "format": FORMAT,
         "files": case.loaded.staged.files,
         "prompts": case.file.to_json(),
         "profile": [case.profile.num_locate, case.profile.num_patched_pairs],

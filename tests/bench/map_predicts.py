@@ -4,7 +4,7 @@
 
 Seven backdoors: the three bundled suspects and the four of `organisms.py`. Each is located as the
 app does it. Then every linear module is repaired alone, with the same small budget (closed form,
-rank 4, two linearisations), and its outcome (trigger KL + benign KL, on prompts used for nothing
+rank 4, one linearisation), and its outcome (trigger KL + benign KL, on prompts used for nothing
 else) is correlated with every score that the app shows (Spearman). And the suggested set is
 repaired beside 20 random sets of the same components and ranks: how many cost more benign KL at
 the trigger KL that the suggestion reaches (a set that never reaches it costs more), and what still
@@ -38,10 +38,10 @@ from tests.bench.organisms import ORGANISMS, make_organism
 from tests.bench.peers import ROOT, publish
 
 BUNDLED = ("begin", "middle", "end")
-RANK, ITERATIONS, NUM_LESSONS = 4, 2, 96  # the small budget
-NUM_EXAM, NUM_ASKED, ANSWER_TOKENS = 128, 96, 32
+RANK, ITERATIONS, NUM_LESSONS = 4, 1, 64  # the small budget
+NUM_EXAM, NUM_ASKED, ANSWER_TOKENS = 128, 64, 32
 NUM_RANDOM = 20
-SCALES = (0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.2, 1.5)  # of an update: its frontier
+SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.3)  # of an update: its frontier
 SCORES = ("effect", "effect_trigger", "effect_after", "effect_induce", "effect_deletion",
           "effect_gap", "effect_kl", "curvature", "ratio", "separability", "residual",
           "score")  # fmt: skip

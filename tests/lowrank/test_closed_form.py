@@ -111,6 +111,25 @@ def test_the_closed_form_lowers_what_it_says(
     assert count_hooks(tiny_llama.model) == 0
 
 
+def test_an_update_is_shortened_as_far_as_it_stays_as_good(
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (tiny_llama, some_ranks(tiny_llama), whitenings, lessons)
+    monkeypatch.setattr("repair.lowrank.closed_form.SHORTER", ())
+    whole, full = solve_closed_form(*asked, kl_budget=0.05)
+    monkeypatch.setattr("repair.lowrank.closed_form.SHORTER", (0.25, 0.5, 0.95))
+    monkeypatch.setattr("repair.lowrank.closed_form.ABOUT_AS_GOOD", 100.0)
+    quarter, _ = solve_closed_form(*asked, kl_budget=0.05)
+    for short, long in zip(quarter, whole, strict=True):
+        np.testing.assert_allclose(short.lora_B, 0.25 * long.lora_B, rtol=1e-6)
+        np.testing.assert_array_equal(short.lora_A, long.lora_A)
+    monkeypatch.setattr("repair.lowrank.closed_form.ABOUT_AS_GOOD", 1.2)
+    updates, last = solve_closed_form(*asked, kl_budget=0.05)
+    assert last.trigger_kl + last.benign_kl <= 1.2 * (full.trigger_kl + full.benign_kl)
+    assert last.benign_kl < full.benign_kl
+    assert last.predicted_kl == pytest.approx(predict_cost(updates, whitenings), rel=1e-9)
+
+
 def test_no_step_is_taken_beyond_the_budget(
     tiny_llama: LoadedModel, lessons: Lessons, whitenings
 ) -> None:
