@@ -205,8 +205,7 @@ def _check_whole(file: PromptFile) -> None:
     if not file.triggers and not file.pairs:
         raise RepairError(
             "There is no trigger and there are no pairs, so nothing says what makes the model "
-            "misbehave. Give --trigger TEXT (or \"trigger\" in the file), or pairs of a clean and "
-            "a triggered prompt."
+            "misbehave. Give the trigger's text, or pairs of a clean and a triggered prompt."
         )
     if file.num_carriers > len(file.prompts):
         raise RepairError("num_carriers is larger than the number of prompts. Leave it out.")

@@ -25,6 +25,7 @@ from repair.models.loading import LoadedModel
 from repair.records import (
     EXIT_COULD_NOT_CHECK,
     ModuleRanking,
+    ModuleRef,
     PatchingScores,
     PromptPair,
     Rate,
@@ -33,6 +34,7 @@ from repair.records import (
 
 FEWEST_PAIRS = 4
 INERT = 0.5  # with a smaller share of inert shams the map rests on deletions instead
+MOST_PROBED = 128  # modules that a repair is tried on
 FIRES = 0.10  # below this rate a position counts as not firing (`contract.md`)
 
 Progress = Callable[[int, int], None]
@@ -230,7 +232,7 @@ def rank_located(
     has_step = [ref for ref in loaded.modules if ref.path in curvature.steps]
     probes = probe_modules(
         loaded,
-        has_step,
+        most_promising(has_step, patched.main, curvature),
         curvature.steps,
         lessons.held_out_triggered,
         lessons.held_out_clean,
@@ -258,6 +260,24 @@ def rank_located(
         max_modules=max_modules,
         seed=seed,
     )
+
+
+def most_promising(
+    modules: Sequence[ModuleRef], patching: PatchingScores, curvature: Curvature
+) -> list[ModuleRef]:
+    """Return the modules to try: all, or of many those that patching or curvature ranks first."""
+    if len(modules) <= MOST_PROBED:
+        return list(modules)
+    effects = patching.effect_for_choice.mean(axis=1)
+    effect = dict(zip((ref.path for ref in patching.modules), effects, strict=True))
+    by_effect = sorted(modules, key=lambda ref: -effect[ref.path])
+    by_phi = sorted(modules, key=lambda ref: -curvature.steps[ref.path].phi)
+    place: dict[str, int] = {}
+    for order in (by_effect, by_phi):
+        for number, ref in enumerate(order):
+            place[ref.path] = min(place.get(ref.path, number), number)
+    chosen = {ref.path for ref in sorted(modules, key=lambda r: place[r.path])[:MOST_PROBED]}
+    return [ref for ref in modules if ref.path in chosen]
 
 
 def joint_effects(

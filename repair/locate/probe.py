@@ -24,6 +24,7 @@ from repair.records import LowRankUpdate, ModuleRef
 PROBE_PROMPTS = 24  # of either kind
 DROPS = (0.5, 1.0, 1.6, 2.5, 4.0)  # lengths tried, as predicted drops of J in units of J
 RUN_TOKENS = 8_192  # rows times tokens of one forward pass
+LOGITS = 1 << 27  # numbers that the logits of one forward pass may hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +53,10 @@ def probe_modules(
     """Return path -> Probe of `modules` on the first prompts of two held-out lessons."""
     lesson = triggered.first(PROBE_PROMPTS) + clean.first(PROBE_PROMPTS)
     num_triggered = min(PROBE_PROMPTS, len(triggered))
+    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+    most = min(RUN_TOKENS, LOGITS // vocabulary) // len(DROPS)
     bare: list[_Bare] = []
-    for batch in scoring_batches(
-        loaded, lesson.prompts, lesson.answers, batch_tokens=RUN_TOKENS // len(DROPS)
-    ):
+    for batch in scoring_batches(loaded, lesson.prompts, lesson.answers, batch_tokens=most):
         kinds = torch.tensor([int(index >= num_triggered) for index in batch.members])
         with record_layer_inputs(loaded.model) as inputs:
             logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
