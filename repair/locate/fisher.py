@@ -24,8 +24,9 @@ from repair.models.hooks import apply_updates, record_gradients, record_inputs
 from repair.models.loading import LoadedModel
 from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
 
-BATCH_TOKENS = 2_048
-GRAM_BLOCK = 256
+BATCH_TOKENS = 1_024  # of one pass on a CPU: what a pass keeps then fits memory that is reused
+ON_GPU = 8  # times as many
+GRAM_BLOCK = 384
 SAMPLE_NUMBERS = 1 << 22  # of a vocabulary times positions that are drawn from at once
 NUM_DRAWS = 4  # labels sampled for each answer position
 
@@ -62,7 +63,7 @@ def trigger_gradients(
     total, num_tokens = 0.0, 0
     with apply_updates(loaded.model, updates), record_gradients(loaded.model, modules, receive):
         for batch in scoring_batches(
-            loaded, lesson.prompts, lesson.answers, batch_tokens=BATCH_TOKENS
+            loaded, lesson.prompts, lesson.answers, batch_tokens=_batch_tokens(loaded)
         ):
             with torch.enable_grad():
                 logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
@@ -125,7 +126,7 @@ def input_covariances(
     """Return path -> E[x x^T] [d_in, d_in] of each module's input, from forward passes alone."""
     sums: dict[str, Tensor] = {}
     num_tokens = 0
-    for batch in scoring_batches(loaded, prompts, answers, batch_tokens=BATCH_TOKENS):
+    for batch in scoring_batches(loaded, prompts, answers, batch_tokens=_batch_tokens(loaded)):
         with record_inputs(loaded.model, modules) as inputs:
             loaded.model.base_model(input_ids=batch.ids, use_cache=False)
         for ref in modules:
@@ -219,6 +220,10 @@ def price_updates(
     return total / (num_answer_tokens * num_draws) / 2
 
 
+def _batch_tokens(loaded: LoadedModel) -> int:
+    return BATCH_TOKENS * (1 if str(loaded.device) == "cpu" else ON_GPU)
+
+
 def add_gram(sums: dict[str, Tensor], path: str, rows: Tensor) -> None:
     """Add rows^T rows [width, width] of rows [n, width] to `sums[path]`: the blocks on and above
     the diagonal only (`_mean` fills in the others)."""
@@ -307,7 +312,7 @@ def _sampled_backward(
         for index, answer in enumerate(answers)
     ]
     num_tokens = num_answer_tokens = 0
-    for batch in scoring_batches(loaded, prompts, answers, batch_tokens=BATCH_TOKENS):
+    for batch in scoring_batches(loaded, prompts, answers, batch_tokens=_batch_tokens(loaded)):
         current: list[_Draw] = []
 
         def receive_drawn(

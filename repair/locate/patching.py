@@ -41,6 +41,7 @@ ROLE_SETS = {"all": EVERYWHERE, "trigger": (TRIGGER,), "after": BEHIND}
 
 # What a self-check may deviate by, in nats, or relative to the largest activation.
 LARGEST_DEVIATION = {"float64": 1e-6, "float32": 1e-2, "float16": 0.3, "bfloat16": 1.0}
+LAYERS_CHECKED = 8  # that a run restarts at with nothing patched, spread over all
 COUNTED = ("hooks_left", "not_finite")  # none is allowed
 
 Progress = Callable[[int, int], None]
@@ -190,6 +191,8 @@ def _self_checks(
     nowhere = torch.zeros_like(everywhere)
     itself = runs.patched([Patch(modules=tuple(modules), positions=everywhere)], from_itself=True)
     layers = [layer[0] for layer in by_layer(modules)]
+    spread = np.unique(np.linspace(0, len(layers) - 1, LAYERS_CHECKED).round().astype(int))
+    layers = [layers[i] for i in spread]
     nothing = runs.patched([Patch(modules=(ref,), positions=nowhere) for ref in layers])
     found = {
         "self_patch": _largest(itself.margin - runs.destination.margin),

@@ -30,7 +30,7 @@ from repair.records import ModuleRef, PatchingScores, Rate
 
 TOP = 10  # "among the best" in the miss rate
 NUM_VERIFIED = 24
-NUM_SAMPLED = 12
+NUM_SAMPLED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
