@@ -29,8 +29,8 @@ from repair.models.loading import LoadedModel
 from repair.records import ModuleRef, PatchingScores, Rate
 
 TOP = 10  # "among the best" in the miss rate
-NUM_VERIFIED = 24
-NUM_SAMPLED = 10
+NUM_VERIFIED = 20
+NUM_SAMPLED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

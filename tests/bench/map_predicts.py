@@ -7,8 +7,9 @@ app does it. Then every linear module is repaired alone, with the same small bud
 rank 4, one linearisation), and its outcome (trigger KL + benign KL, on prompts used for nothing
 else) is correlated with every score that the app shows (Spearman). And the suggested set is
 repaired beside 20 random sets of the same components and ranks: how many cost more benign KL at
-the trigger KL that the suggestion reaches (a set that never reaches it costs more), and what still
-fires. A suspect that is already in DIR is not measured again. Writes results/map_predicts.json.
+the trigger KL that the suggestion reaches (a set that never reaches it costs more), and at the one
+that each of them reaches, and what still fires. A suspect that is already in DIR is not measured
+again. Writes results/map_predicts.json.
 """
 
 import argparse
@@ -41,6 +42,7 @@ BUNDLED = ("begin", "middle", "end")
 RANK, ITERATIONS, NUM_LESSONS = 4, 1, 64  # the small budget
 NUM_EXAM, NUM_ASKED, ANSWER_TOKENS = 128, 64, 32
 NUM_RANDOM = 20
+SHORT = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2)  # where the suggestion is as weak as a random set
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.3)  # of an update: its frontier
 SCORES = ("effect", "effect_trigger", "effect_after", "effect_induce", "effect_deletion",
           "effect_gap", "effect_kl", "curvature", "ratio", "separability", "residual",
@@ -111,14 +113,16 @@ class Bench:
         loaded, exam = self.case.loaded, self.exam
         return measure_kl(loaded, exam.triggered, updates), measure_kl(loaded, exam.clean, updates)
 
-    def frontier(self, updates: tuple[LowRankUpdate, ...]) -> list[tuple[float, float]]:
+    def frontier(
+        self, updates: tuple[LowRankUpdate, ...], scales: tuple[float, ...] = SCALES
+    ) -> list[tuple[float, float]]:
         """Return (trigger KL, benign KL) of the repair at several lengths."""
         scaled = [
             tuple(
                 LowRankUpdate(module=u.module, lora_A=u.lora_A, lora_B=u.lora_B * np.float32(s))
                 for u in updates
             )
-            for s in SCALES
+            for s in scales
         ]
         return [self.examine(some) for some in scaled]
 
@@ -141,6 +145,29 @@ def cost_at(frontier: list[tuple[float, float]], level: float) -> float:
             share = (high - level) / (high - low)
             found.append(cheap + share * (dear - cheap))
     return min(found, default=float("inf"))
+
+
+def compare(ours: tuple[float, float], frontier: list, random: list[dict]) -> dict:
+    """Return how many random sets are dearer, at the trigger KL that the suggestion reaches and at
+    the one that each of them reaches; `random` is completed with the figures compared."""
+    own = cost_at(frontier, ours[0])
+    for flat in random:
+        cost = cost_at(flat["frontier"], ours[0])
+        flat["benign_kl_at_the_suggestions_trigger_kl"] = cost if np.isfinite(cost) else None
+        flat["suggestions_benign_kl_at_its_trigger_kl"] = cost_at(frontier, flat["trigger_kl"])
+    at_ours = [flat["benign_kl_at_the_suggestions_trigger_kl"] for flat in random]
+    at_theirs = [
+        flat["benign_kl"] > flat["suggestions_benign_kl_at_its_trigger_kl"] for flat in random
+    ]
+    return {
+        "dearer_at_the_suggestions_trigger_kl": Rate(
+            count=sum(cost is None or cost > own for cost in at_ours), total=len(random)
+        ).to_json(),
+        "of_these_never_reach_it": sum(cost is None for cost in at_ours),
+        "dearer_at_their_own_trigger_kl": Rate(
+            count=sum(at_theirs), total=len(random)
+        ).to_json(),
+    }
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
@@ -167,6 +194,51 @@ def correlations(ranking: ModuleRanking, outcomes: dict[str, tuple[float, float]
     return found
 
 
+def measure_modules(bench: Bench, ranking: ModuleRanking, name: str) -> dict:
+    """Return the outcome of every module's repair, and what each score has to do with it."""
+    outcomes = {}
+    for score in ranking.modules:
+        path = score.module.path
+        outcomes[path] = bench.examine(bench.repair({path: RANK}))
+        print(name, path, outcomes[path], file=sys.stderr, flush=True)
+    return {"spearman": correlations(ranking, outcomes), "outcomes": outcomes}
+
+
+def measure_sets(bench: Bench, ranking: ModuleRanking, name: str) -> dict:
+    """Return what the suggested set achieves beside random sets."""
+    suggested = bench.repair(ranking.suggested_ranks)
+    ours = bench.examine(suggested)
+    frontier = bench.frontier(suggested, (*SHORT, *SCALES))
+    generator = np.random.default_rng(0)
+    random = []
+    for number in range(NUM_RANDOM):
+        modules = bench.case.loaded.modules
+        ranks = draw_random_modules(modules, ranking.suggested_ranks, generator)
+        updates = bench.repair(ranks)
+        points = bench.frontier(updates)
+        trigger_kl, benign_kl = points[SCALES.index(1.0)]
+        random.append(
+            {
+                "ranks": ranks,
+                "trigger_kl": trigger_kl,
+                "benign_kl": benign_kl,
+                "frontier": points,
+                "fires": bench.fires(updates).to_json(),
+            }
+        )
+        print(name, number, random[-1], file=sys.stderr, flush=True)
+    return {
+        "suggested": ranking.suggested_ranks,
+        "suggested_trigger_kl": ours[0],
+        "suggested_benign_kl": ours[1],
+        "suggested_frontier": frontier,
+        "suggested_fires": bench.fires(suggested).to_json(),
+        "fires_before": bench.fires(()).to_json(),
+        **compare(ours, frontier, random),
+        "random": random,
+    }
+
+
 def measure(name: str, out: Path) -> dict:
     began = time.perf_counter()
     case = open_suspect(name, out)
@@ -174,59 +246,19 @@ def measure(name: str, out: Path) -> dict:
     ranking, curvature, patched = locate(case, lessons)
     joint = locating.joint_effects(case.loaded, patched, ranking, seed=0)
     bench = Bench(case, lessons, curvature)
-    outcomes = {}
-    for score in ranking.modules:
-        path = score.module.path
-        outcomes[path] = bench.examine(bench.repair({path: RANK}))
-        print(name, path, outcomes[path], file=sys.stderr, flush=True)
-    suggested = bench.repair(ranking.suggested_ranks)
-    ours = bench.examine(suggested)
-    frontier = bench.frontier(suggested)
-    level = ours[0]
-    generator = np.random.default_rng(0)
-    random = []
-    for number in range(NUM_RANDOM):
-        ranks = draw_random_modules(case.loaded.modules, ranking.suggested_ranks, generator)
-        updates = bench.repair(ranks)
-        points = bench.frontier(updates)
-        random.append(
-            {
-                "ranks": ranks,
-                "trigger_kl": points[SCALES.index(1.0)][0],
-                "benign_kl": points[SCALES.index(1.0)][1],
-                "benign_kl_at_equal_trigger_kl": cost_at(points, level),
-                "fires": bench.fires(updates).to_json(),
-            }
-        )
-        print(name, number, random[-1], file=sys.stderr, flush=True)
-    own = cost_at(frontier, level)
-    others = [flat["benign_kl_at_equal_trigger_kl"] for flat in random]
-    beaten = Rate(count=sum(cost > own for cost in others), total=len(others))
-    never = sum(not np.isfinite(cost) for cost in others)
-    for flat in random:
-        if not np.isfinite(flat["benign_kl_at_equal_trigger_kl"]):
-            flat["benign_kl_at_equal_trigger_kl"] = None  # never reaches it
-    shutil.rmtree(out / f".stage-{name}", ignore_errors=True)
-    start = measure_kl(case.loaded, bench.exam.triggered)
-    return {
-        "counterfactual": patched.compared.kind,
-        "shams_inert": f"{patched.compared.num_shams_inert}/{patched.compared.num_shams_tried}",
+    compared = patched.compared
+    found = {
+        "counterfactual": compared.kind,
+        "shams_inert": f"{compared.num_shams_inert}/{compared.num_shams_tried}",
         "damping": curvature.damping.to_json(),
         "statement": joint.to_json()["statement"],
-        "trigger_kl_before": start,
-        "spearman": correlations(ranking, outcomes),
-        "suggested": ranking.suggested_ranks,
-        "suggested_trigger_kl": ours[0],
-        "suggested_benign_kl": ours[1],
-        "suggested_benign_kl_at_equal_trigger_kl": own,
-        "suggested_fires": bench.fires(suggested).to_json(),
-        "fires_before": bench.fires(()).to_json(),
-        "random_sets_beaten": beaten.to_json(),
-        "random_sets_that_never_reach_it": never,
-        "random": random,
-        "outcomes": outcomes,
+        "trigger_kl_before": measure_kl(case.loaded, bench.exam.triggered),
+        **measure_modules(bench, ranking, name),
+        **measure_sets(bench, ranking, name),
         "seconds": round(time.perf_counter() - began),
     }
+    shutil.rmtree(out / f".stage-{name}", ignore_errors=True)
+    return found
 
 
 def main() -> int:

@@ -204,6 +204,8 @@ def test_self_checks_are_exact(tiny_llama: LoadedModel, position: str, kind: str
     assert checks["hooks_left"] == checks["not_finite"] == 0
     assert ("patch_everything" in checks) == (kind == "sham")
     assert checks.get("patch_everything", 0.0) < 1e-5
+    some = patch_modules(tiny_llama, cases, counterfactual=kind, modules=tiny_llama.modules[3:5])
+    assert "patch_everything" not in some.self_checks  # two modules do not restore everything
 
 
 def test_a_model_that_looks_ahead_is_not_mapped(tiny_llama: LoadedModel) -> None:
