@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from repair.locate.locating import Compared, patch_compared
 from repair.locate.patching import EVERYWHERE, patch_modules
 from repair.locate.screen import estimate_modules, screen_modules
 from repair.models.hooks import count_hooks
@@ -86,3 +87,36 @@ def test_the_screen_finds_what_the_exact_map_finds(tiny_llama: LoadedModel) -> N
         moved = np.abs(values).mean(axis=0) < 10  # pairs whose margin hardly moves blow up
         a, b = values[:, moved].mean(axis=1), estimates[name][:, moved].mean(axis=1)
         assert np.corrcoef(a, b)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("most_exact, is_screened", [(None, False), (14, False), (13, True)])
+def test_only_a_model_with_more_modules_is_screened(
+    tiny_llama: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    most_exact: int | None,
+    is_screened: bool,
+) -> None:
+    """A screened map has estimates, counted misses, and other maps of what was patched only."""
+    monkeypatch.setattr("repair.locate.screen.NUM_VERIFIED", 4)
+    monkeypatch.setattr("repair.locate.screen.NUM_SAMPLED", 2)
+    pairs = make_pairs(5, position="middle")
+    shams = make_shams(pairs)
+    kinds = ("sham", "deletion", "gap")
+    compared = Compared(
+        kind="sham",
+        cases={
+            kind: tuple(make_cases(pairs, shams, payload=200, clean=100, kind=kind))
+            for kind in kinds
+        },
+        num_pairs=5, num_shams_tried=5, num_shams_inert=5,
+    )  # fmt: skip
+    assert len(tiny_llama.modules) == 14
+    found = patch_compared(tiny_llama, compared, seed=0, most_exact=most_exact)
+    assert found.main.modules == tiny_llama.modules
+    assert set(found.others) == {"induce", "deletion", "gap"}
+    num_exact = 6 if is_screened else 14
+    assert all(len(other.modules) == num_exact for other in found.others.values())
+    assert len(found.main.estimated) == 14 - num_exact
+    assert (found.misses is not None) == is_screened
+    exact = {ref.path for ref in found.others["induce"].modules}
+    assert exact.isdisjoint(found.main.estimated)
