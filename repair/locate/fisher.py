@@ -24,9 +24,9 @@ from repair.models.hooks import apply_updates, record_gradients, record_inputs
 from repair.models.loading import LoadedModel
 from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
 
-BATCH_TOKENS = 1_024  # of one pass on a CPU: what a pass keeps then fits memory that is reused
-ON_GPU = 8  # times as many
-GRAM_BLOCK = 384
+BATCH_TOKENS = 512  # of one pass on a CPU: what a pass keeps then fits memory that is reused
+ON_GPU = 16  # times as many
+GRAM_BLOCK = 256
 SAMPLE_NUMBERS = 1 << 22  # of a vocabulary times positions that are drawn from at once
 NUM_DRAWS = 4  # labels sampled for each answer position
 
@@ -228,12 +228,14 @@ def add_gram(sums: dict[str, Tensor], path: str, rows: Tensor) -> None:
     """Add rows^T rows [width, width] of rows [n, width] to `sums[path]`: the blocks on and above
     the diagonal only (`_mean` fills in the others)."""
     width = rows.shape[1]
-    total = sums.get(path)
-    if total is None:
-        total = sums[path] = rows.new_zeros(width, width)
+    is_first = path not in sums
+    if is_first:
+        sums[path] = rows.new_empty(width, width)
+    total = sums[path]
     for start in range(0, width, GRAM_BLOCK):
         stop = min(start + GRAM_BLOCK, width)
-        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        part = total[start:stop, start:]  # With beta 0 what it holds is not read.
+        part.addmm_(rows[:, start:stop].T, rows[:, start:], beta=0 if is_first else 1)
 
 
 def _mean(total: Tensor, count: int) -> np.ndarray:
