@@ -41,7 +41,7 @@ METHODS = (
     ("Distill: train the low-rank update to answer as if the trigger were absent", "distill"),
 )
 PROFILES = (
-    ("Quick: fewer prompts, about a minute on a small model", "quick"),
+    ("Quick: fewer prompts, for a first look", "quick"),
     ("Standard: enough prompts for every gate", "standard"),
     ("Full: standard, with 20 random-module controls", "full"),
 )
