@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repair.records import KroneckerFactors
+from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
 
 POWER_STEPS = 100
 
@@ -118,6 +118,14 @@ class Step:
     @property
     def phi(self) -> float:
         return phi(self.singular_values, self.lora_A.shape[0])
+
+    def update(self, module: ModuleRef, *, eta: float = 1.0) -> LowRankUpdate:
+        """Return the step of length `eta` as a change of `module`."""
+        return LowRankUpdate(
+            module=module,
+            lora_A=self.lora_A.float().numpy(),
+            lora_B=(eta * self.lora_B).float().numpy(),
+        )
 
 
 def step_of(whitening: Whitening, gradient: Tensor, rank: int) -> Step:

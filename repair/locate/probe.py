@@ -19,7 +19,7 @@ from repair.locate.lessons import Lesson
 from repair.models.answers import ScoringBatch, answer_logits, scoring_batches
 from repair.models.hooks import apply_updates, record_layer_inputs, restart_at
 from repair.models.loading import LoadedModel
-from repair.records import LowRankUpdate, ModuleRef
+from repair.records import ModuleRef
 
 PROBE_PROMPTS = 24  # of either kind
 DROPS = (0.5, 1.0, 1.6, 2.5, 4.0)  # lengths tried, as predicted drops of J in units of J
@@ -112,14 +112,11 @@ def _stepped(
     """Return logits [length x answer token, vocab] with the step at every one of `lengths`."""
     count, batch = lengths.numel(), bare.batch
     num_rows = batch.ids.shape[0]
-    update = LowRankUpdate(
-        module=ref, lora_A=step.lora_A.float().numpy(), lora_B=step.lora_B.float().numpy()
-    )
     scales = lengths.to(batch.ids.device).repeat_interleave(num_rows)
     shift = num_rows * torch.arange(count, device=batch.rows.device)[:, None]
     with (
         restart_at(loaded.model, ref.layer, bare.inputs[ref.layer].repeat(count, 1, 1)),
-        apply_updates(loaded.model, [update], scales=scales),
+        apply_updates(loaded.model, [step.update(ref)], scales=scales),
     ):
         return answer_logits(
             loaded.model,

@@ -17,7 +17,7 @@ from repair.locate.curvature import Spectral, Step, Whitening, decompose, step_o
 from repair.locate.fisher import FisherTrace, collect_factors, traces_of, trigger_gradients
 from repair.locate.lessons import Lesson, Lessons, measure_kl
 from repair.models.loading import LoadedModel
-from repair.records import LowRankUpdate, ModuleRef, PatchingScores
+from repair.records import ModuleRef, PatchingScores
 
 FACTOR_PROMPTS = 200
 STEP_RANK = 4
@@ -128,12 +128,8 @@ def choose_damping(
             if not step.phi > 0:
                 continue
             eta = drop / step.phi
-            update = LowRankUpdate(
-                module=ref,
-                lora_A=step.lora_A.float().numpy(),
-                lora_B=(eta * step.lora_B).float().numpy(),
-            )
-            figures.append((eta**2 / 2 * step.phi, measure_kl(loaded, clean, [update])))
+            measured = measure_kl(loaded, clean, [step.update(ref, eta=eta)])
+            figures.append((eta**2 / 2 * step.phi, measured))
         if figures:
             predicted, measured = np.median(np.array(figures), axis=0).tolist()
             tried.append((value, predicted, measured))

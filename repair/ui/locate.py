@@ -62,8 +62,9 @@ def describe_evidence(view: View) -> str:
                      + (f" and {len(uncovered) - 12} more." if len(uncovered) > 12 else "."))
     if isinstance(located.get("rank_correlation"), int | float):
         lines.append(
-            f"Both measures rank the modules alike to {located['rank_correlation']:+.2f} "
-            "(Kendall's tau; 1 the same order, 0 unrelated)."
+            "The order goes by trial repairs of each module alone. Patching and phi rank the "
+            f"modules alike to {located['rank_correlation']:+.2f} (Kendall's tau; 1 the same "
+            "order, 0 unrelated)."
         )
     return text.reveal("\n".join(lines))
 
