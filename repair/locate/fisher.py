@@ -22,11 +22,13 @@ from repair.locate.lessons import Lesson, kl_from_teacher
 from repair.models.answers import answer_logits, scoring_batches
 from repair.models.hooks import apply_updates, record_gradients, record_inputs
 from repair.models.loading import LoadedModel
+from repair.models.modules import decoder_layers
 from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
 
 BATCH_TOKENS = 512  # of one pass on a CPU: what a pass keeps then fits memory that is reused
 ON_GPU = 16  # times as many
-GRAM_BLOCK = 256
+GRAM_BLOCK = 512
+DIAGONAL_BLOCK = 128  # Smaller: of these, half is not needed.
 SAMPLE_NUMBERS = 1 << 22  # of a vocabulary times positions that are drawn from at once
 NUM_DRAWS = 4  # labels sampled for each answer position
 
@@ -97,8 +99,12 @@ def collect_factors(
                 raise ValueError(f"{ref.path} shares its input with other modules by turns")
             if owner == ref.path:
                 add_gram(activation, ref.path, draw.without_padding(x))
-        add_gram(gradient, ref.path, g.reshape(-1, ref.d_out))
+        rows = g.reshape(-1, ref.d_out)
+        if ref.layer == last:  # Zero but where an answer is predicted (keys and values apart).
+            rows = rows[rows.any(1)]
+        add_gram(gradient, ref.path, rows)
 
+    last = len(decoder_layers(loaded.model)) - 1
     counts = _sampled_backward(
         loaded, modules, prompts, answers, seed=seed, num_draws=num_draws, receive=receive,
         end_draw=inputs.clear,
@@ -232,18 +238,24 @@ def add_gram(sums: dict[str, Tensor], path: str, rows: Tensor) -> None:
     if is_first:
         sums[path] = rows.new_empty(width, width)
     total = sums[path]
+    beta = 0 if is_first else 1  # With beta 0 what a block holds is not read.
     for start in range(0, width, GRAM_BLOCK):
         stop = min(start + GRAM_BLOCK, width)
-        part = total[start:stop, start:]  # With beta 0 what it holds is not read.
-        part.addmm_(rows[:, start:stop].T, rows[:, start:], beta=0 if is_first else 1)
+        for top in range(start, stop, DIAGONAL_BLOCK):
+            bottom = min(top + DIAGONAL_BLOCK, stop)
+            total[top:bottom, top:stop].addmm_(
+                rows[:, top:bottom].T, rows[:, top:stop], beta=beta
+            )
+        if stop < width:
+            total[start:stop, stop:].addmm_(rows[:, start:stop].T, rows[:, stop:], beta=beta)
 
 
 def _mean(total: Tensor, count: int) -> np.ndarray:
     """Return the whole matrix of `add_gram`'s sums over `count`, float32."""
     width = total.shape[1]
     total /= count
-    for start in range(0, width, GRAM_BLOCK):
-        stop = min(start + GRAM_BLOCK, width)
+    for start in range(0, width, DIAGONAL_BLOCK):
+        stop = min(start + DIAGONAL_BLOCK, width)
         total[stop:, start:stop] = total[start:stop, stop:].T
     return total.float().cpu().numpy()
 
