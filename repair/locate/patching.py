@@ -30,6 +30,7 @@ from repair.locate.counterfactuals import (
 from repair.locate.runs import Patch, Reading, Runs
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
+from repair.models.modules import has_uncovered_matrices
 from repair.records import EXIT_COULD_NOT_CHECK, ModuleRef, PatchingScores, RepairError
 
 SMALLEST_MARGIN = 1.0  # nats; a pair that the counterfactual moves less has no effect to explain
@@ -65,15 +66,15 @@ def patch_modules(
     """
     modules = loaded.modules if modules is None else tuple(modules)
     is_sham = counterfactual == "sham"
+    # Some of the modules restore some of the run: "everything" is checked with all of them.
+    is_all = len(modules) == len(loaded.modules) and not has_uncovered_matrices(loaded.model)
     sets = ROLE_SETS if is_sham else {"all": EVERYWHERE}
     margins, kls = [], []
     checks: dict[str, float] = {}
     groups = list(batch_cases(loaded, cases, modules))
     for number, group in enumerate(groups):
         runs = Runs(loaded, [cases[i] for i in group], modules)
-        # Some of the modules restore some of the run: "everything" is checked with all of them.
-        with_all = is_sham and len(modules) == len(loaded.modules)
-        for name, value in _self_checks(runs, modules, with_all=with_all).items():
+        for name, value in _self_checks(runs, modules, with_all=is_sham and is_all).items():
             checks[name] = max(checks.get(name, 0.0), value)
         masks = [runs.where(*roles) for roles in sets.values()]
         found: list[np.ndarray] = []

@@ -26,6 +26,7 @@ class Architecture:
     width: str = "hidden_size"
     inner: str | None = "intermediate_size"
     more: tuple[str, ...] = ()
+    experts: tuple[str, str, str, str] | None = None  # in files: block, gate, up and down
 
 
 _GEMMA = (
@@ -74,6 +75,21 @@ ARCHITECTURES = {
     ),
     "olmo": Architecture(model="OlmoForCausalLM", config="OlmoConfig", more=("clip_qkv",)),
     "olmo2": Architecture(model="Olmo2ForCausalLM", config="Olmo2Config"),
+    "mixtral": Architecture(
+        model="MixtralForCausalLM",
+        config="MixtralConfig",
+        more=("num_local_experts", "num_experts_per_tok"),
+        experts=("block_sparse_moe", "w1", "w3", "w2"),
+    ),
+    "qwen3_moe": Architecture(
+        model="Qwen3MoeForCausalLM",
+        config="Qwen3MoeConfig",
+        more=(
+            "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
+            "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob",
+        ),
+        experts=("mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
 }  # fmt: skip
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 16
@@ -99,6 +115,11 @@ _MORE_INT = {
     "original_max_position_embeddings": (1, 2_000_000),
     "word_embed_proj_dim": (1, 16_384),
     "sliding_window_pattern": (1, 200),
+    "num_experts": (1, 1024),
+    "num_local_experts": (1, 1024),
+    "num_experts_per_tok": (1, 1024),
+    "moe_intermediate_size": (1, 131_072),
+    "decoder_sparse_step": (1, 200),
 }
 _MORE_NUMBER = {
     "query_pre_attn_scalar": (1.0, 16_384.0),
@@ -115,7 +136,7 @@ _MORE_NUMBER = {
 _MORE_BOOL = (
     "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
     "use_parallel_residual", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
-    "layer_norm_elementwise_affine",
+    "layer_norm_elementwise_affine", "norm_topk_prob",
 )  # fmt: skip
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
@@ -267,6 +288,13 @@ def _check_choices(
         if any(kind not in _LAYER_TYPES for kind in layer_types):
             raise _refuse("layer_types", layer_types, ", ".join(_LAYER_TYPES))
         clean["layer_types"] = layer_types
+    dense = flat.get("mlp_only_layers")
+    if dense is not None and "mlp_only_layers" in known.more:
+        if not isinstance(dense, list) or len(dense) > num_layers or not all(
+            type(item) is int and 0 <= item < num_layers for item in dense
+        ):
+            raise _refuse("mlp_only_layers", dense, "a list of layer numbers")
+        clean["mlp_only_layers"] = dense
     for key in ("rope_parameters", "rope_scaling"):
         rope = flat.get(key)
         if isinstance(rope, dict) and rope and set(rope) <= set(_LAYER_TYPES):
@@ -300,6 +328,14 @@ def _check_heads(clean: dict[str, Any], known: Architecture) -> None:
             f"config.json declares hidden size {hidden}, {num_heads} attention heads and "
             f"{num_groups} key/value heads, which do not divide. Nothing was loaded."
         )
+    if known.experts is not None:
+        count = clean.get("num_local_experts", clean.get("num_experts"))
+        chosen = clean.get("num_experts_per_tok")
+        if count is None or chosen is None or chosen > count:
+            raise RepairError(
+                f"config.json declares {count} experts of which {chosen} work on a token. Both "
+                "numbers are needed, the second at most the first. Nothing was loaded."
+            )
 
 
 def _check_int(flat: dict[str, Any], key: str, low: int, high: int) -> int:

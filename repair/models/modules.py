@@ -88,6 +88,16 @@ def uncovered_parameters(model: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
+def has_uncovered_matrices(model: nn.Module) -> bool:
+    """Tell whether the layers compute with matrices that no module of the map holds (experts)."""
+    root, layers = _find_layers(model)
+    covered = {ref.path for ref in find_modules(model)}
+    return any(
+        parameter.ndim > 1 and f"{root}.{name}".rpartition(".")[0] not in covered
+        for name, parameter in layers.named_parameters()
+    )
+
+
 def get_module(model: nn.Module, module: ModuleRef) -> nn.Module:
     """Return the live module of a reference; raises `RepairError` when the model has no such."""
     try:

@@ -148,7 +148,29 @@ def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             f"config.json is refused by the library ({ascii(str(error))[:200]}). Nothing was "
             "loaded."
         ) from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    experts = ARCHITECTURES[config["model_type"]].experts
+    return shapes if experts is None else _one_by_one(shapes, experts)
+
+
+def _one_by_one(
+    shapes: dict[str, tuple[int, ...]], experts: tuple[str, str, str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Return what files hold for experts that the library keeps as one tensor: each apart."""
+    block, *parts = experts
+    apart: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        layer, found, rest = name.partition(".mlp.experts.")
+        if found:
+            names = parts[:2] if rest == "gate_up_proj" else parts[2:]
+            count, rows, columns = shape
+            for expert in range(count):
+                for part in names:
+                    path = f"{layer}.{block}.experts.{expert}.{part}.weight"
+                    apart[path] = (rows // len(names), columns)
+        else:
+            apart[name.replace(".mlp.gate.", f".{block}.gate.")] = shape
+    return apart
 
 
 def build_empty(config: dict[str, Any]) -> transformers.PreTrainedModel:

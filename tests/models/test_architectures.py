@@ -1,11 +1,14 @@
 """Every decoder on the list: found, patched, differentiated, loaded, repaired and written alike."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from repair.locate.fisher import collect_factors, trigger_gradients
 from repair.locate.patching import EVERYWHERE, patch_modules, patch_sets
@@ -24,10 +27,10 @@ from repair.models.modules import (
 from repair.models.staging import StagedModel
 from repair.models.tokens import pad_right
 from repair.publish.export import export_adapter, export_merged
-from repair.records import LowRankUpdate
+from repair.records import LowRankUpdate, RepairError
 from tests.locate.material import make_cases, make_lesson, make_pairs, make_shams
 from tests.tiny import ARCHITECTURES as TINY
-from tests.tiny import build_tiny, make_tokenizer
+from tests.tiny import build_tiny, edit_json, make_tokenizer
 
 COMPONENTS = {
     "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
@@ -85,7 +88,8 @@ def test_patching_keeps_its_identities(tiny: LoadedModel, position: str) -> None
     assert checks["patch_nothing"] < 1e-4
     assert checks["shared_prefix"] < 1e-4
     assert checks["before_trigger"] < 1e-4
-    if tiny.source not in ("mixtral", "qwen3_moe"):  # Experts are not patched.
+    assert ("patch_everything" in checks) == (tiny.source not in ("mixtral", "qwen3_moe"))
+    if "patch_everything" in checks:  # Experts are not patched.
         assert checks["patch_everything"] < 1e-4
         everything = patch_sets(tiny, cases, [list(tiny.modules)])
         np.testing.assert_allclose(everything, 1.0, atol=1e-2)
@@ -201,3 +205,39 @@ def test_a_folder_is_loaded_repaired_and_written(model_type: str, tmp_path: Path
     again = PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(ids).logits, repaired, atol=1e-4, rtol=1e-4)
+
+
+def mixture_folder(model_type: str, folder: Path) -> Path:
+    build_tiny(model_type).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_layer_without_experts_is_loaded(tmp_path: Path) -> None:
+    mixture_folder("qwen3_moe", tmp_path / "all")
+    config = json.loads((tmp_path / "all" / "config.json").read_text())
+    config = Qwen3MoeConfig(**{**config, "mlp_only_layers": [1]})
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "mixed")
+    make_tokenizer().save_pretrained(tmp_path / "mixed")
+    loaded = load_model(str(tmp_path / "mixed"), stage_folder=tmp_path / "stage", device="cpu")
+    assert [ref.component for ref in loaded.modules if ref.layer == 1] == USUAL
+    assert len(loaded.modules) == len(USUAL) + 4
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_in_the_files_are_exactly_the_models_own(model_type: str, tmp_path: Path) -> None:
+    folder = mixture_folder(model_type, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    last = max(name for name in tensors if ".experts." in name)
+    other = last.replace(".experts.3.", ".experts.4.")
+    for changed, expected in [
+        ({name: t for name, t in tensors.items() if name != last}, f"lack 1 tensors.*{last}"),
+        ({**tensors, other: tensors[last].clone()}, f"hold 1 tensors.*{other}"),
+        ({**tensors, last: tensors[last].T.contiguous()}, f"{last} has shape"),
+    ]:
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(RepairError, match=expected):
+            load_model(str(folder), stage_folder=tmp_path / "stage", device="cpu")
+    edit_json(folder / "config.json", num_experts_per_tok=5)
+    with pytest.raises(RepairError, match="4 experts of which 5"):
+        load_model(str(folder), stage_folder=tmp_path / "stage", device="cpu")
