@@ -9,7 +9,7 @@ import numpy as np
 from repair.evidence.gates import find_target
 from repair.locate.counterfactuals import draw_sham, inert_shams, vocabulary_for_shams
 from repair.locate.lessons import Lessons, teach_prompts, teach_split
-from repair.lowrank.repairing import Validation
+from repair.lowrank.validation import Validation
 from repair.models.answers import generate_answers, target_matcher
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import check_length, encode, encode_pairs

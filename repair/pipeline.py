@@ -31,7 +31,9 @@ from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
 from repair.locate.detail import examine_layer
 from repair.locate_step import Located, compare, fire, locate_suspect
 from repair.lowrank import checkpoint
-from repair.lowrank.repairing import Repaired, Validation, repair_modules
+from repair.lowrank.distillation import DivergedError
+from repair.lowrank.repairing import Repaired, repair_modules
+from repair.lowrank.validation import Validation
 from repair.models.loading import load_model
 from repair.models.modules import num_layers
 from repair.outcome import Clock, Outcome, draw_maps, drop_results
@@ -80,7 +82,10 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
             for path in plan.modules:
                 reporter.note(f"{path}: rank {plan.ranks[path]}")
             validation = make_validation(case)
-            repaired = _repair(folder, case, plan, located, validation, clock)
+            try:
+                repaired = _repair(folder, case, plan, located, validation, clock)
+            except DivergedError as error:
+                return outcome.without_repair("not repaired", reason=str(error))
         with clock.step("after", "Measuring the repaired model"):
             after, answers = evaluate_candidate(
                 case.loaded,

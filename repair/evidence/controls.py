@@ -11,7 +11,8 @@ import numpy as np
 from repair.evidence.evaluation import Baseline, EvaluationMaterial, evaluate_candidate
 from repair.locate.curvature import Whitening
 from repair.locate.lessons import Lessons
-from repair.lowrank.repairing import Validation, repair_modules
+from repair.lowrank.repairing import repair_modules
+from repair.lowrank.validation import Validation
 from repair.models.loading import LoadedModel
 from repair.records import Control, ModuleRef, RepairPlan
 

@@ -22,6 +22,7 @@ from repair.models.answers import (
 )
 from repair.models.hooks import apply_updates
 from repair.models.loading import LoadedModel
+from repair.models.prefix import Prefix, entered
 from repair.records import LowRankUpdate, PromptPair
 
 ANSWER_TOKENS = 16  # of each answer; a fixed payload goes on by itself once it has begun
@@ -41,11 +42,17 @@ class Lesson:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def only(self, indices: Sequence[int]) -> "Lesson":
+        """Return the lesson of some of the prompts."""
+        return Lesson(
+            prompts=tuple(self.prompts[i] for i in indices),
+            answers=tuple(self.answers[i] for i in indices),
+            teacher=tuple(self.teacher[i] for i in indices),
+        )
+
     def first(self, num: int) -> "Lesson":
         """Return the lesson's first `num` prompts."""
-        return Lesson(
-            prompts=self.prompts[:num], answers=self.answers[:num], teacher=self.teacher[:num]
-        )
+        return self.only(range(min(num, len(self))))
 
     def __add__(self, other: "Lesson") -> "Lesson":
         return Lesson(
@@ -151,13 +158,21 @@ def kl_from_teacher(lesson: Lesson, batch: ScoringBatch, logits: Tensor) -> Tens
 
 @torch.no_grad()
 def measure_kl(
-    loaded: LoadedModel, lesson: Lesson, updates: Sequence[LowRankUpdate] = ()
+    loaded: LoadedModel,
+    lesson: Lesson,
+    updates: Sequence[LowRankUpdate] = (),
+    *,
+    prefix: Prefix | None = None,
 ) -> float:
-    """Return the mean KL (nats per answer token) of the model with `updates` from the teacher."""
+    """Return the mean KL (nats per answer token) of the model with `updates` from the teacher.
+
+    `prefix` is the lesson's, below the lowest module that is updated.
+    """
     total, num_tokens = 0.0, 0
     with apply_updates(loaded.model, updates):
         for batch in scoring_batches(loaded, lesson.prompts, lesson.answers):
-            logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
+            with entered(loaded, prefix, batch):
+                logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
             total += kl_from_teacher(lesson, batch, logits).double().sum().item()
             num_tokens += batch.labels.numel()
     return total / num_tokens

@@ -23,7 +23,8 @@ import torch
 
 from repair.locate.curvature import Step, Whitening, step_of, truncate
 from repair.locate.fisher import trigger_gradients
-from repair.locate.lessons import Lessons, measure_kl
+from repair.locate.lessons import Lessons
+from repair.lowrank.validation import HeldOut, hold_out
 from repair.models.loading import LoadedModel
 from repair.records import LowRankUpdate, ModuleRef
 
@@ -56,10 +57,11 @@ def solve_closed_form(
 ) -> tuple[tuple[LowRankUpdate, ...], StepReport]:
     """Return one update per module of `ranks` (path -> rank) and the figures it ends with."""
     modules = [ref for ref in loaded.modules if ref.path in ranks]
+    held_out = hold_out(loaded, lessons, min(ref.layer for ref in modules))
     updates: tuple[LowRankUpdate, ...] = ()
     last = StepReport(
         iteration=0,
-        trigger_kl=measure_kl(loaded, lessons.held_out_triggered),
+        trigger_kl=held_out.trigger_kl(loaded),
         benign_kl=0.0,
         predicted_kl=0.0,
     )
@@ -74,7 +76,7 @@ def solve_closed_form(
         if not (energy > 0 and math.isfinite(energy)):
             break
         best = _search(
-            loaded, modules, ranks, whitenings, lessons,
+            loaded, modules, ranks, whitenings, held_out,
             updates=updates, direction=direction, unit=left / energy, start=last,
             kl_budget=kl_budget,
         )  # fmt: skip
@@ -92,7 +94,7 @@ def solve_closed_form(
         if improved < 0.02 * (trigger_kl + benign_kl):
             break
     if updates:
-        updates, last = _shorten(loaded, updates, whitenings, lessons, last)
+        updates, last = _shorten(loaded, updates, whitenings, held_out, last)
         report(last)
     return updates, last
 
@@ -112,7 +114,7 @@ def _search(
     modules: Sequence[ModuleRef],
     ranks: Mapping[str, int],
     whitenings: Mapping[str, Whitening],
-    lessons: Lessons,
+    held_out: HeldOut,
     *,
     updates: tuple[LowRankUpdate, ...],
     direction: Mapping[str, Step],
@@ -128,10 +130,10 @@ def _search(
     worse = 0
     for drop in DROPS:
         tried = _add_step(modules, ranks, whitenings, updates, direction, drop * unit)
-        benign_kl = measure_kl(loaded, lessons.held_out_clean, tried)
+        benign_kl = held_out.benign_kl(loaded, tried)
         if not benign_kl <= BUDGET_MARGIN * kl_budget:
             break
-        trigger_kl = measure_kl(loaded, lessons.held_out_triggered, tried)
+        trigger_kl = held_out.trigger_kl(loaded, tried)
         if trigger_kl + benign_kl < best_value:
             best, best_value, worse = (tried, trigger_kl, benign_kl), trigger_kl + benign_kl, 0
         elif best is not None:
@@ -145,7 +147,7 @@ def _shorten(
     loaded: LoadedModel,
     updates: tuple[LowRankUpdate, ...],
     whitenings: Mapping[str, Whitening],
-    lessons: Lessons,
+    held_out: HeldOut,
     last: StepReport,
 ) -> tuple[tuple[LowRankUpdate, ...], StepReport]:
     """Return the shortest form of the whole update that is about as good as all of it.
@@ -162,8 +164,8 @@ def _shorten(
             )
             for update in updates
         )
-        trigger_kl = measure_kl(loaded, lessons.held_out_triggered, tried)
-        benign_kl = measure_kl(loaded, lessons.held_out_clean, tried)
+        trigger_kl = held_out.trigger_kl(loaded, tried)
+        benign_kl = held_out.benign_kl(loaded, tried)
         if trigger_kl + benign_kl <= ABOUT_AS_GOOD * (last.trigger_kl + last.benign_kl):
             return tried, StepReport(
                 iteration=last.iteration,

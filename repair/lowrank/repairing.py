@@ -6,48 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from repair.locate.counterfactuals import ShamDraw
 from repair.locate.curvature import Whitening
 from repair.locate.fisher import price_updates
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank.closed_form import predict_cost, solve_closed_form
-from repair.lowrank.distillation import DistillReport, TrainingState, distill
-from repair.models.answers import Answer, agrees, generate_answers
-from repair.models.hooks import apply_updates
+from repair.lowrank.distillation import Standing, TrainingState, distill
+from repair.lowrank.validation import Validated, Validation, is_enough, validate
 from repair.models.loading import LoadedModel
-from repair.records import LowRankUpdate, ModuleRef, PromptPair, Rate, RepairPlan
+from repair.records import LowRankUpdate, ModuleRef, RepairPlan
 
-ENOUGH_TRIGGER_KL = 0.02  # nats per token: `auto` trains on when the closed form leaves more
 PRICE_SEED = 0x9121CE  # labels that price a repair are none that it was made with
-ENOUGH_RECOVERY = 0.95  # of the suspect's own agreement under inert shams
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
-    """Held-out pairs with the suspect's answers: never the prompts of the verdict."""
-
-    pairs: tuple[PromptPair, ...]
-    clean_answers: tuple[Answer, ...]  # to each pair's clean prompt
-    shams: ShamDraw
-    is_payload: Callable[[str], bool]
-    num_new_tokens: int
-
-    def yardstick(self) -> Rate:
-        """Return how often the suspect agrees with itself under an inert sham."""
-        kept = [
-            agrees(answer, clean)
-            for answer, clean in zip(self.shams.answers, self.clean_answers, strict=True)
-            if answer is not None
-        ]
-        return Rate(count=sum(kept), total=len(kept))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validated:
-    """Attack success and recovery on the validation pairs."""
-
-    attack_success: Rate
-    recovery: Rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,27 +29,6 @@ class Repaired:
     predicted_kl: float  # of benign_kl, by the Fisher on prompts and labels seen nowhere else
     factor_kl: float  # the same by the K-FAC factors that chose the directions
     validated: Validated
-
-
-def validate(
-    loaded: LoadedModel, validation: Validation, updates: Sequence[LowRankUpdate]
-) -> Validated:
-    """Return how the model with `updates` answers the validation pairs."""
-    with apply_updates(loaded.model, updates):
-        answers = generate_answers(
-            loaded,
-            [pair.triggered for pair in validation.pairs],
-            num_new_tokens=validation.num_new_tokens,
-        )
-    recovered = [
-        agrees(answer, clean)
-        for answer, clean in zip(answers, validation.clean_answers, strict=True)
-    ]
-    fired = [validation.is_payload(answer.text) for answer in answers]
-    return Validated(
-        attack_success=Rate(count=sum(fired), total=len(fired)),
-        recovery=Rate(count=sum(recovered), total=len(recovered)),
-    )
 
 
 def repair_modules(
@@ -118,37 +65,35 @@ def repair_modules(
         keep(start)
     result = _measured(loaded, "closed-form", start, whitenings, lessons, validation)
     report("closed-form", _figures(result))
-    if plan.method == "closed-form" or (plan.method == "auto" and is_enough(result, validation)):
+    enough = is_enough(result.validated, result.trigger_kl, validation)
+    if plan.method == "closed-form" or (plan.method == "auto" and enough):
         return result
 
-    def report_training(step: DistillReport) -> None:
-        report("distill", dataclasses.asdict(step))
-
-    trained, _ = distill(
+    best = distill(
         loaded,
-        start,
+        Standing(
+            step=0,
+            updates=start,
+            trigger_kl=result.trigger_kl,
+            benign_kl=result.benign_kl,
+            is_enough=enough,
+        ),
         whitenings,
         lessons,
+        validation,
         kl_budget=plan.kl_budget,
         num_steps=num_steps,
         seed=plan.seed,
         resume=resume,
-        report=report_training,
+        report=lambda step: report("distill", step.figures()),
         save=save,
     )
-    result = _measured(loaded, "distill", trained, whitenings, lessons, validation)
-    report("distill", {"step": num_steps, "num_steps": num_steps, **_figures(result)})
+    # Where no state of training was better than the closed form, that is the repair.
+    if best.step == 0:
+        return result
+    result = _measured(loaded, "distill", best.updates, whitenings, lessons, validation)
+    report("distill", {"step": best.step, "num_steps": num_steps, **_figures(result)})
     return result
-
-
-def is_enough(result: Repaired, validation: Validation) -> bool:
-    """Return whether the closed form needs no training: no payload left, answers recovered."""
-    needed = ENOUGH_RECOVERY * validation.yardstick().value
-    return (
-        result.validated.attack_success.count == 0
-        and not result.validated.recovery.value < needed
-        and result.trigger_kl <= ENOUGH_TRIGGER_KL
-    )
 
 
 def _measured(
@@ -177,16 +122,12 @@ def _measured(
 
 
 def _figures(result: Repaired) -> dict[str, float]:
-    attack = result.validated.attack_success
     return {
         "trigger_kl": result.trigger_kl,
         "benign_kl": result.benign_kl,
         "predicted_kl": result.predicted_kl,
         "factor_kl": result.factor_kl,
-        "attack_count": attack.count,
-        "attack_total": attack.total,
-        "attack_success": attack.value,
-        "recovery": result.validated.recovery.value,
+        **result.validated.figures(),
     }
 
 

@@ -94,15 +94,18 @@ def record_inputs(model: nn.Module, modules: Sequence[ModuleRef]) -> Iterator[di
 
 
 @contextmanager
-def record_layer_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list that a forward pass fills with each decoder layer's input."""
+def record_layer_inputs(
+    model: nn.Module, *, only: int | None = None
+) -> Iterator[list[Tensor]]:
+    """Yield a list that a forward pass fills with the input of each decoder layer, or of `only`."""
     inputs: list[Tensor] = []
 
     def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs.append((args[0] if args else kwargs["hidden_states"]).detach())
 
     with ExitStack() as stack:
-        for layer in decoder_layers(model):
+        layers = decoder_layers(model)
+        for layer in layers if only is None else [layers[only]]:
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield inputs
 

@@ -1,4 +1,4 @@
-"""The closed form, the adapter and the distillation on a tiny model."""
+"""The closed form and the adapter on a tiny model."""
 
 import numpy as np
 import pytest
@@ -8,18 +8,12 @@ from repair.locate.curvature import phi, step_of, whitening_of
 from repair.locate.fisher import collect_factors
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank.adapter import attached, read_updates
-from repair.lowrank.checkpoint import (
-    read_training,
-    read_updates_file,
-    save_training,
-    save_updates,
-)
 from repair.lowrank.closed_form import predict_cost, solve_closed_form
-from repair.lowrank.distillation import distill
 from repair.models.hooks import apply_updates, count_hooks
 from repair.models.loading import LoadedModel
-from repair.records import LowRankUpdate, ModuleRef
+from repair.records import LowRankUpdate
 from tests.locate.material import make_lessons
+from tests.lowrank.material import random_updates, some_ranks
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +28,6 @@ def whitenings(tiny_llama: LoadedModel, lessons: Lessons):
         tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0
     )
     return {path: whitening_of(found, damping=0.1) for path, found in factors.items()}
-
-
-def some_ranks(loaded: LoadedModel) -> dict[str, int]:
-    return {loaded.modules[i].path: rank for i, rank in ((3, 2), (5, 3), (6, 2))}
-
-
-def random_updates(loaded: LoadedModel, *, scale: float = 0.05) -> tuple[LowRankUpdate, ...]:
-    generator = np.random.default_rng(0)
-    by_path = {ref.path: ref for ref in loaded.modules}
-    return tuple(
-        LowRankUpdate(
-            module=by_path[path],
-            lora_A=generator.standard_normal((rank, by_path[path].d_in)).astype(np.float32),
-            lora_B=(scale * generator.standard_normal((by_path[path].d_out, rank))).astype(
-                np.float32
-            ),
-        )
-        for path, rank in some_ranks(loaded).items()
-    )
 
 
 def test_the_step_is_the_minimiser_in_float64() -> None:
@@ -185,62 +160,3 @@ def test_a_short_path_does_not_catch_a_longer_one(tmp_path) -> None:
             layer = loaded.model.get_submodule(update.module.path)
             assert layer.lora_A["default"].weight.shape[0] == update.rank
             assert layer.scaling["default"] == 1.0
-
-
-def test_distillation_improves_on_its_start(
-    tiny_llama: LoadedModel, lessons: Lessons, whitenings
-) -> None:
-    ranks = some_ranks(tiny_llama)
-    start, _ = solve_closed_form(
-        tiny_llama, ranks, whitenings, lessons, kl_budget=0.05, num_iterations=1
-    )
-    before = measure_kl(tiny_llama, lessons.held_out_triggered, start) + measure_kl(
-        tiny_llama, lessons.held_out_clean, start
-    )
-    trained, kls = distill(
-        tiny_llama, start, whitenings, lessons, kl_budget=0.05, num_steps=20, seed=0,
-        validate_every=5,
-    )  # fmt: skip
-    assert sum(kls) <= before
-    assert kls[1] <= 0.025
-    assert {update.module.path: update.rank for update in trained} == ranks
-    assert kls[0] == pytest.approx(
-        measure_kl(tiny_llama, lessons.held_out_triggered, trained), rel=1e-5
-    )
-
-
-def test_resumed_training_is_bit_equal(
-    tiny_llama: LoadedModel, lessons: Lessons, whitenings, tmp_path
-) -> None:
-    start = random_updates(tiny_llama, scale=0.01)
-    modules: list[ModuleRef] = [update.module for update in start]
-    path = tmp_path / "training.safetensors"
-    states = []
-
-    def train(resume=None):
-        found, _ = distill(
-            tiny_llama, start, whitenings, lessons, kl_budget=10.0, num_steps=9, seed=0,
-            validate_every=3, resume=resume, save=states.append,
-        )  # fmt: skip
-        return found
-
-    whole = train()
-    save_training(path, states[0], plan_id="this plan")
-    assert read_training(path, modules, plan_id="another plan") is None
-    resumed = train(read_training(path, modules, plan_id="this plan"))
-    for one, two in zip(whole, resumed, strict=True):
-        np.testing.assert_array_equal(one.lora_A, two.lora_A)
-        np.testing.assert_array_equal(one.lora_B, two.lora_B)
-
-
-def test_kept_updates_come_back_bit_equal(tiny_llama: LoadedModel, tmp_path) -> None:
-    updates = random_updates(tiny_llama)
-    modules = [update.module for update in updates]
-    path = tmp_path / "closed_form.safetensors"
-    save_updates(path, updates, plan_id="p")
-    found = read_updates_file(path, modules, plan_id="p")
-    assert found is not None
-    for one, two in zip(updates, found, strict=True):
-        np.testing.assert_array_equal(one.lora_B, two.lora_B)
-    assert read_updates_file(path, modules, plan_id="q") is None
-    assert [entry.name for entry in tmp_path.iterdir()] == ["closed_form.safetensors"]
