@@ -138,6 +138,8 @@ def build_parser() -> Parser:
             add("--kl-budget", type=nats, default=0.01, metavar="NATS")
             add("--export", type=export_kinds, default=["merged", "adapter"],
                 metavar="merged,adapter|none")
+            add("--curves", action="store_true",
+                help="also measure what more modules and more rank would buy")
             add("--controls", type=from_zero, metavar="N", help="random-module draws")
     verify = commands.add_parser("verify", help="does an export hold what its report says?")
     verify.add_argument("folder", type=Path, metavar="DIR")
@@ -193,6 +195,7 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "export": getattr(options, "export", []),
         "controls": controls,
+        "curves": getattr(options, "curves", False),
         "profile": options.profile,
         "resume": options.resume,
         "trusted_base": None,

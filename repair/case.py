@@ -242,6 +242,7 @@ def make_lessons(case: Case) -> Lessons:
             )
     return Lessons(
         triggered=taught.triggered,
+        counterparts=taught.counterparts,
         clean=taught.clean,
         near=teach_prompts(loaded, _near_prompts(case, pairs), is_payload=case.is_payload),
         held_out_triggered=held_out.triggered,

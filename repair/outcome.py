@@ -21,6 +21,7 @@ from repair.case import Case, Reporter
 from repair.evidence.plots import draw_effect_curve, draw_heat_map
 from repair.evidence.report import build_report, write_report
 from repair.locate_file import Map
+from repair.lowrank.growth import GrowthPoint
 from repair.lowrank.repairing import Repaired
 from repair.models.loading import LoadedModel
 from repair.publish.card import write_cards
@@ -115,6 +116,7 @@ class Outcome:
         gates: Sequence[Gate],
         verdict: str,
         controls: Sequence[Control],
+        growth: Sequence[GrowthPoint],
         samples: Sequence[Sample],
         num_dropped: int,
         sample_prompts: Sequence[np.ndarray],
@@ -158,6 +160,7 @@ class Outcome:
             gates=gates,
             samples=samples,
             controls=controls,
+            growth=[point.to_json() for point in growth],
             modules=scores,
             export=exported,
             localisation={
@@ -192,7 +195,7 @@ class Outcome:
     ) -> None:
         self.clock.reporter.step("report", "Writing the report")
         case = self.case
-        notes = [*notes, *_limits(case, is_exported=export is not None)]
+        notes = [*notes, *_limits(case)]
         report = build_report(
             command=self.request["command"],
             verdict=verdict,
@@ -257,7 +260,7 @@ def draw_maps(folder: Path, found: Map, *, num_chosen: int | None = None) -> Non
     )
 
 
-def _limits(case: Case, *, is_exported: bool) -> list[str]:
+def _limits(case: Case) -> list[str]:
     """Return what the figures of this run leave open, in whole sentences."""
     limits = [
         f"The first {case.num_new_tokens} tokens of each answer were read; a payload that comes "
@@ -267,11 +270,6 @@ def _limits(case: Case, *, is_exported: bool) -> list[str]:
         limits.append(
             f"The {len(case.file.triggers)} alternative triggers were dealt out over the prompts "
             "and are counted together; a single one of them may do better or worse."
-        )
-    if is_exported and case.loaded.staged.dtype != "float32":
-        limits.append(
-            f"The gates were measured before the merged weights were rounded to "
-            f"{case.loaded.staged.dtype}; run evaluate --against on the merged folder."
         )
     return limits
 

@@ -32,12 +32,13 @@ from repair.locate.detail import examine_layer
 from repair.locate_step import Located, compare, fire, locate_suspect
 from repair.lowrank import checkpoint
 from repair.lowrank.distillation import DivergedError
+from repair.lowrank.growth import GrowthPoint, measure_growth
 from repair.lowrank.repairing import Repaired, repair_modules
-from repair.lowrank.validation import Validation
+from repair.lowrank.validation import Validation, is_enough
 from repair.models.loading import load_model
 from repair.models.modules import num_layers
 from repair.outcome import Clock, Outcome, draw_maps, drop_results
-from repair.plan import check_request, chosen_paths, make_plan
+from repair.plan import check_request, chosen_paths, growth_choices, make_plan
 from repair.prompts import prompt_file_from_json
 from repair.publish.export import verify_export
 from repair.records import (
@@ -86,6 +87,7 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 repaired = _repair(folder, case, plan, located, validation, clock)
             except DivergedError as error:
                 return outcome.without_repair("not repaired", reason=str(error))
+        growth = _measure_growth(case, plan, located, repaired, validation, clock, request)
         with clock.step("after", "Measuring the repaired model"):
             after, answers = evaluate_candidate(
                 case.loaded,
@@ -93,6 +95,7 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 original=case.loaded,
                 material=material,
                 baseline=baseline,
+                as_merged="merged" in request["export"],
                 progress=reporter.progress,
             )
         with clock.step("controls", "Comparing with random modules and with all modules"):
@@ -104,6 +107,7 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 whitenings_of=located.whitenings,
                 material=material,
                 baseline=baseline,
+                as_merged="merged" in request["export"],
                 num_random=request["controls"],
                 with_all=located.fits(case.loaded.modules),
                 num_steps=case.profile.num_steps,
@@ -118,6 +122,7 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
             gates=gates,
             verdict=decide_verdict(gates),
             controls=controls,
+            growth=growth,
             samples=collect_samples(material, baseline, answers),
             num_dropped=located.lessons.num_dropped,
             sample_prompts=_some_prompts(material),
@@ -283,6 +288,39 @@ def _repair(
         save=lambda state: checkpoint.save_training(training, state, plan_id=plan_id),
         keep=lambda updates: checkpoint.save_updates(closed_form, updates, plan_id=plan_id),
     )
+
+
+def _measure_growth(
+    case: Case,
+    plan: RepairPlan,
+    located: Located,
+    repaired: Repaired,
+    validation: Validation,
+    clock: Clock,
+    request: Mapping[str, Any],
+) -> list[GrowthPoint]:
+    """Return what more modules or rank would buy, where something is left or it is asked for."""
+    with_curves = bool(request.get("curves"))
+    if is_enough(repaired.validated, repaired.trigger_kl, validation) and not with_curves:
+        return []
+    with clock.step("growth", "Trying what more modules would buy"):
+        if not with_curves:
+            clock.reporter.note(
+                "The chosen modules leave some of the behaviour; trying the closed form with more."
+            )
+        choices = growth_choices(
+            plan, located.map.ranking, located.curvature, case.loaded.modules,
+            with_curves=with_curves,
+        )  # fmt: skip
+        return measure_growth(
+            case.loaded,
+            choices,
+            located.whitenings,
+            located.lessons,
+            validation,
+            kl_budget=plan.kl_budget,
+            progress=clock.reporter.progress,
+        )
 
 
 def _compare_verdict(before: Evaluation, gates: Sequence[Gate]) -> str:

@@ -3,7 +3,7 @@
 Nothing here widens a choice: what was asked for is what is repaired, or an error says why not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from repair.locate.curvature import pool_ranks
@@ -12,6 +12,7 @@ from repair.records import ModuleRanking, ModuleRef, RepairError, RepairPlan
 
 TOTAL_RANK = 16
 MAX_MODULES = 8
+MAX_GROWN = 16  # modules that a look at "what would more buy" goes up to
 
 
 def chosen_paths(
@@ -88,3 +89,49 @@ def make_plan(
         kl_budget=request["kl_budget"],
         seed=request["seed"],
     )
+
+
+def growth_choices(
+    plan: RepairPlan,
+    ranking: ModuleRanking,
+    curvature_of: Callable[[Sequence[str]], Curvature],
+    modules: Sequence[ModuleRef],
+    *,
+    with_curves: bool,
+) -> list[tuple[str, dict[str, int]]]:
+    """Return (kind, path -> rank) of the choices whose repair says what more would buy.
+
+    next: the chosen modules and the 1, 2 and 4 best others; with curves also modules: the 1, 2, 4,
+    8, ... best of the map, and rank: the chosen ones at total ranks from one each to four times
+    the plan's.
+    """
+    best = [score.module.path for score in sorted(ranking.modules, key=lambda s: -s.score)]
+    best = best[:MAX_GROWN]
+    others = [path for path in best if path not in plan.ranks]
+    total = sum(plan.ranks.values())
+    wanted = [
+        ("next", [*plan.modules, *others[:count]], total + count * total // len(plan.modules))
+        for count in (1, 2, 4)
+        if count <= len(others)
+    ]
+    if with_curves:
+        counts = [2**power for power in range(len(best).bit_length()) if 2**power <= len(best)]
+        wanted += [("modules", best[:count], max(TOTAL_RANK, count)) for count in counts]
+        few = len(plan.modules)
+        ladder = sorted({few, max(few, total // 4), max(few, total // 2), total, 2 * total,
+                         4 * total})  # fmt: skip
+        wanted += [("rank", list(plan.modules), rank) for rank in ladder]
+    curvature = curvature_of(sorted({path for _, paths, _ in wanted for path in paths}))
+    order = [ref.path for ref in modules]
+    choices = []
+    for kind, paths, rank in wanted:
+        inside = sorted(paths, key=order.index)
+        pooled = pool_ranks(
+            {path: curvature.spectra[path] for path in inside},
+            total_rank=rank,
+            max_modules=len(inside),
+        )
+        choice = kind, {path: pooled.get(path, 1) for path in inside}
+        if choice not in choices:  # A small module has no more rank to give.
+            choices.append(choice)
+    return choices

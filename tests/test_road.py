@@ -179,6 +179,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "still valid" in ended.stderr
     assert (out / "located.json").read_bytes() == kept
     assert not any((out / kind).exists() for kind in KINDS)
+    assert json.loads((out / "report.json").read_text())["growth"] == []
+    # A module that cannot do it: that is the verdict, with what more would buy; nothing is added.
+    path = "model.layers.5.self_attn.q_proj"
+    few = [*arguments, "--resume", "--modules", path, "--method", "closed-form"]
+    ended = subprocess.run(few, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1, ended.stderr[-2000:]
+    report = json.loads((out / "report.json").read_text())
+    assert report["verdict"] == "not repaired" and report["plan"]["modules"] == [path]
+    assert [point["num_modules"] for point in report["growth"]] == [2, 3, 5]
+    assert all(path in point["ranks"] for point in report["growth"])
+    assert report["growth"][-1]["trigger_kl"] < 0.1 * report["plan"]["validation_trigger_kl"]
+    assert "What more would buy" in (out / "report.md").read_text()
 
 
 def pickled(folder: Path) -> None:

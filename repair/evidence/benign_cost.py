@@ -5,15 +5,14 @@ KL(suspect || candidate) = 1/T sum_t sum_v p_t(v) (log p_t(v) - log q_t(v)), nat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
 from repair.models.answers import BATCH_TOKENS, ScoringBatch, answer_logits, scoring_batches
-from repair.models.hooks import apply_updates
 from repair.models.loading import LoadedModel
-from repair.records import LowRankUpdate
 
 SCORING_ELEMENTS = 1 << 27  # logits of one scoring batch: 512 MiB as float32
 
@@ -21,25 +20,26 @@ SCORING_ELEMENTS = 1 << 27  # logits of one scoring batch: 512 MiB as float32
 @torch.no_grad()
 def benign_cost(
     candidate: LoadedModel,
-    updates: Sequence[LowRankUpdate],
+    changed: Callable[[], AbstractContextManager] | None,
     original: LoadedModel,
     prompts: Sequence[np.ndarray],
     answers: Sequence[np.ndarray],
 ) -> tuple[float, float]:
-    """Return (perplexity of `candidate` with `updates`, mean KL from `original`), nan for no token.
+    """Return (perplexity of `candidate`, mean KL from `original`), nan for no token.
 
-    `prompts` and `answers` are ids [tokens]. Log-softmax is float32 and the sums are float64; one
-    batch of logits is in memory at a time.
+    `changed` enters the repair where `candidate` is the original's own model. `prompts` and
+    `answers` are ids [tokens]. Log-softmax is float32 and the sums are float64; one batch of logits
+    is in memory at a time.
     """
     vocabulary = original.model.get_output_embeddings().weight.shape[0]
     budget = max(256, min(BATCH_TOKENS, SCORING_ELEMENTS // vocabulary))
-    is_same = candidate.model is original.model and not updates
+    is_same = candidate.model is original.model and changed is None
     nll = kl = 0.0
     num_tokens = 0
     for batch in scoring_batches(original, prompts, answers, batch_tokens=budget):
         if batch.labels.numel() == 0:
             continue
-        with apply_updates(candidate.model, updates):
+        with changed() if changed is not None else nullcontext():
             log_q = _log_probs(candidate, batch)
         log_p = log_q if is_same else _log_probs(original, batch)
         picked = log_q.gather(-1, batch.labels.to(log_q.device)[:, None])

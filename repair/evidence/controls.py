@@ -71,6 +71,7 @@ def run_controls(
     whitenings_of: Callable[[Sequence[str]], Mapping[str, Whitening]],
     material: EvaluationMaterial,
     baseline: Baseline,
+    as_merged: bool,
     num_random: int,
     with_all: bool,
     num_steps: int,
@@ -92,8 +93,9 @@ def run_controls(
             num_steps=num_steps,
         )
         figures, _ = evaluate_candidate(
-            loaded, repaired.updates, original=loaded, material=material, baseline=baseline
-        )
+            loaded, repaired.updates, original=loaded, material=material, baseline=baseline,
+            as_merged=as_merged,
+        )  # fmt: skip
         controls.append(
             Control(
                 name=name,

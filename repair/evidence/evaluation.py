@@ -14,13 +14,15 @@ and they are in `false_trigger` before and after only so that the two have the s
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 
 from repair.evidence.benign_cost import benign_cost
 from repair.locate.counterfactuals import inert_shams
 from repair.models.answers import Answer, agrees, generate_answers, is_degenerate, with_end
-from repair.models.hooks import apply_updates
+from repair.models.hooks import apply_updates, merged_weights, swap_weights
 from repair.models.loading import LoadedModel
 from repair.models.tokens import encode, encode_pairs
 from repair.prompts import POSITIONS, insert_trigger
@@ -160,7 +162,7 @@ def measure_suspect(
         shams={position: draw.answers for position, draw in draws.items()},
     )
     scored = [with_end(loaded, answer) for answer in answers.clean]
-    perplexity, _ = benign_cost(loaded, (), loaded, material.clean, scored)
+    perplexity, _ = benign_cost(loaded, None, loaded, material.clean, scored)
     return Baseline(
         answers=answers,
         shams={position: draw.shams for position, draw in draws.items()},
@@ -178,15 +180,24 @@ def evaluate_candidate(
     original: LoadedModel,
     material: EvaluationMaterial,
     baseline: Baseline,
+    as_merged: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Evaluation, CandidateAnswers]:
     """Return the figures and answers of `candidate` with `updates` applied to it.
 
     `candidate` may be the original itself, or another live model with the same tokenizer.
+    `as_merged` measures the weights that a merged export holds, rounded to the files' dtype.
     """
-    with apply_updates(candidate.model, updates):
+    changed = partial(apply_updates, candidate.model, updates)
+    if as_merged:
+        stored = getattr(torch, candidate.staged.dtype)
+        merged = merged_weights(candidate.model, updates, stored=stored)
+        changed = partial(swap_weights, candidate.model, merged)
+    with changed():
         answers = _ask(candidate, material, baseline.shams, progress)
-    perplexity, kl = benign_cost(candidate, updates, original, material.clean, baseline.scored)
+    perplexity, kl = benign_cost(
+        candidate, changed if updates else None, original, material.clean, baseline.scored
+    )
     evaluation = _count(material, answers, baseline.answers, perplexity=perplexity, kl=kl)
     return evaluation, answers
 

@@ -58,6 +58,7 @@ def build_report(
     plan: RepairPlan | Mapping[str, Any] | None = None,
     modules: Sequence[ModuleScore] = (),
     controls: Sequence[Control] = (),
+    growth: Sequence[Mapping[str, Any]] = (),
     samples: Sequence[Sample] = (),
     splits: Mapping[str, int] | None = None,
     localisation: Mapping[str, Any] | None = None,
@@ -74,7 +75,7 @@ def build_report(
 
     `model` has at least source, revision and files {name: sha256}; `splits` says how many prompts
     each step used; `export` is what `publish.export.write_export` returned; `notes` are limits of
-    this run in whole sentences.
+    this run in whole sentences; `growth` says what more modules or rank would buy.
     """
     flat_plan = plan.to_json() if isinstance(plan, RepairPlan) else plan
     report = {
@@ -104,6 +105,7 @@ def build_report(
         "recovery": {} if after is None else _recovery(after),
         "kl_from_original": None if after is None else after.kl_from_original,
         "controls": [control.to_json() for control in controls],
+        "growth": [dict(point) for point in growth],
         "examples": [sample.to_json() for sample in _examples(samples)],
         "outcomes": _outcomes(samples),
         "export": export,

@@ -71,6 +71,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         *_figures(report),
         *_gates(report),
         *_controls(report),
+        *_growth(report),
         *_examples(report),
         *_method(report),
         *_reproduction(report),
@@ -165,6 +166,40 @@ def _gates(report: Mapping[str, Any]) -> list[str]:
         "the yardstick, of perplexity the relative rise.",
         "",
         *table(["gate", "value", "limit", "result", "note"], rows),
+    ]
+
+
+GROWTH_TITLES = {
+    "next": "the chosen modules and the next best",
+    "modules": "the best modules of the map",
+    "rank": "the chosen modules at another total rank",
+}
+
+
+def _growth(report: Mapping[str, Any]) -> list[str]:
+    if not report["growth"]:
+        return []
+    return [
+        "## What more would buy",
+        "",
+        "The closed form alone with more modules or rank, on the prompts that steer a repair, not "
+        "on those of the verdict. Nothing of this was applied.",
+        "",
+        *table(
+            ["choice", "modules", "total rank", "payload", "recovered", "trigger KL", "benign KL"],
+            [
+                [
+                    GROWTH_TITLES[point["kind"]],
+                    figure(point["num_modules"]),
+                    figure(point["total_rank"]),
+                    rate(point["attack_success"]),
+                    rate(point["recovery"]),
+                    figure(point["trigger_kl"]),
+                    figure(point["benign_kl"]),
+                ]
+                for point in report["growth"]
+            ],
+        ),
     ]
 
 

@@ -68,6 +68,7 @@ class Lessons:
     between the two groups."""
 
     triggered: Lesson
+    counterparts: tuple[np.ndarray, ...]  # the prompt without the trigger of each of `triggered`
     clean: Lesson
     near: Lesson  # may be empty
     held_out_triggered: Lesson
@@ -80,6 +81,7 @@ class Taught:
     """One split's lessons."""
 
     triggered: Lesson
+    counterparts: tuple[np.ndarray, ...]  # the prompt without the trigger of each of `triggered`
     clean: Lesson
     num_dropped: int
 
@@ -115,6 +117,7 @@ def teach_split(
             answers=tuple(answers[row] for _, row in rows),
             teacher=tuple(teacher[row] for _, row in rows),
         ),
+        counterparts=tuple(pair.clean for pair, _ in rows),
         clean=Lesson(prompts=clean_prompts, answers=answers, teacher=teacher),
         num_dropped=len(prompts) - len(kept),
     )

@@ -61,7 +61,7 @@ def repair_modules(
             kl_budget=plan.kl_budget,
             report=lambda step: report("closed-form", dataclasses.asdict(step)),
         )
-        start = start or _neutral_updates(modules, plan.ranks, plan.seed)
+        start = start or neutral_updates(modules, plan.ranks, plan.seed)
         keep(start)
     result = _measured(loaded, "closed-form", start, whitenings, lessons, validation)
     report("closed-form", _figures(result))
@@ -131,7 +131,7 @@ def _figures(result: Repaired) -> dict[str, float]:
     }
 
 
-def _neutral_updates(
+def neutral_updates(
     modules: Sequence[ModuleRef], ranks: Mapping[str, int], seed: int
 ) -> tuple[LowRankUpdate, ...]:
     """Return updates that change nothing: where the closed form found no step, training begins

@@ -1,4 +1,4 @@
-"""The only file that registers hooks on a model, or skips its layers.
+"""The only file that registers hooks on a model, skips its layers or swaps its weights.
 
 Every function is a context manager: module names are resolved before the first hook is
 registered, hooks return new tensors (they never edit in place), and leaving the block, also by
@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from repair.models.modules import decoder_layers, get_module
+from repair.models.modules import as_stored, decoder_layers, get_module
 from repair.records import LowRankUpdate, ModuleRef
 
 
@@ -55,6 +55,34 @@ def apply_updates(
             lora_A, lora_B = lora_A.double(), lora_B.double()
         pairs.append((module, hook_for(lora_A, lora_B)))
     with _hooks(pairs):
+        yield
+
+
+def merged_weights(
+    model: nn.Module, updates: Sequence[LowRankUpdate], *, stored: torch.dtype
+) -> dict[str, Tensor]:
+    """Return path -> the weight with its update added, as the module stores it.
+
+    Added in float32 and rounded to `stored`, the files' dtype, once: what an export holds.
+    """
+    merged = {}
+    for update in updates:
+        module = get_module(model, update.module)
+        weight = module.weight
+        delta = torch.from_numpy(update.lora_B) @ torch.from_numpy(update.lora_A)
+        total = weight.float() + as_stored(module, delta).to(weight.device)
+        merged[update.module.path] = total.to(stored).to(weight.dtype)
+    return merged
+
+
+@contextmanager
+def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the model with other weights (path -> as the module stores it), then with its own."""
+    with ExitStack() as stack:
+        for path, weight in weights.items():
+            parameter = model.get_submodule(path).weight
+            stack.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = weight
         yield
 
 

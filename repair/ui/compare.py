@@ -122,6 +122,29 @@ def list_controls(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+GROWTH = {
+    "next": "Chosen modules and the next best",
+    "modules": "Best modules of the map",
+    "rank": "Chosen modules, another rank",
+}
+
+
+def list_growth(report: dict[str, Any]) -> list[list[str]]:
+    """Return what more modules or rank would buy, by the closed form alone."""
+    return [
+        [
+            GROWTH.get(str(point.get("kind")), "-"),
+            str(point.get("num_modules", "-")),
+            str(point.get("total_rank", "-")),
+            text.describe_rate(point.get("attack_success")),
+            text.describe_number(point.get("trigger_kl")),
+            text.describe_number(point.get("benign_kl")),
+        ]
+        for point in report.get("growth") or []
+        if isinstance(point, dict)
+    ]
+
+
 def build_compare(shell: Shell) -> None:
     """Build and wire the tab."""
     gr.Markdown("## Did it work?", elem_classes="lead")
@@ -168,6 +191,14 @@ def build_compare(shell: Shell) -> None:
             elem_id="controls", buttons=[],
             column_widths=["220px", "420px", "90px", "90px", "90px"],
         )  # fmt: skip
+        growth = gr.Dataframe(
+            headers=["Choice", "Modules", "Total rank", "Attack success", "Trigger KL",
+                     "Benign KL"],
+            datatype="str", interactive=False, wrap=True, elem_id="grown", buttons=[],
+            label="What more modules or rank would buy, on held-out prompts (nothing of it was "
+            "applied)",
+            column_widths=["260px", "90px", "90px", "220px", "110px", "110px"],
+        )  # fmt: skip
         go_on = gr.Button("Next: export", variant="primary", elem_id="to-export")
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
@@ -178,6 +209,7 @@ def build_compare(shell: Shell) -> None:
         elif view.report and not has_after:
             words = {
                 "nothing to repair": "There is nothing to compare: the trigger hardly ever fires.",
+                "not repaired": "The repair was given up; report.md in Export says why.",
                 "could not check": "There is too little evidence for a verdict; report.md in "
                 "Export says how much is needed.",
             }.get(str(view.report.get("verdict")), words)
@@ -192,11 +224,14 @@ def build_compare(shell: Shell) -> None:
             controls: gr.Dataframe(
                 value=list_controls(view.report), visible=bool(view.report.get("controls"))
             ),
+            growth: gr.Dataframe(
+                value=list_growth(view.report), visible=bool(view.report.get("growth"))
+            ),
             prompt: "",
             **dict.fromkeys(boxes, ""),
         }
 
-    shell.add(draw, [empty, body, rates, gates, outcome, table, controls, prompt, *boxes])
+    shell.add(draw, [empty, body, rates, gates, outcome, table, controls, growth, prompt, *boxes])
     shell.go_to(go_on, "export")
 
     def filter_rows(request: gr.Request, session: Session, wanted: Any) -> list[list[str]]:

@@ -78,6 +78,12 @@ def build_repair(shell: Shell) -> None:
             [("Adapter (PEFT)", "adapter"), ("Merged model", "merged")],
             value=["adapter", "merged"], label="Write",
         )  # fmt: skip
+        grown = gr.Checkbox(
+            value=False, label="Also measure what more modules or rank would buy",
+            info="The closed form at several choices, on held-out prompts; nothing of it is "
+            "applied. Done by itself where the chosen modules leave something.",
+            elem_id="growth",
+        )  # fmt: skip
         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed")
     start = gr.Button("Start the repair", variant="primary", elem_id="start")
     problem = gr.Textbox(
@@ -94,7 +100,7 @@ def build_repair(shell: Shell) -> None:
             for name, title, unit in CURVES
         ]  # fmt: skip
     go_on = gr.Button("Next: compare", variant="primary", visible=False, elem_id="to-compare")
-    settings = [method, rank_kind, rank, budget, controls, exports, seed]
+    settings = [method, rank_kind, rank, budget, controls, exports, grown, seed]
 
     def draw_live(view: View) -> Updates:
         metrics = view.log.metrics if view.command == "run" else []
@@ -130,6 +136,7 @@ def build_repair(shell: Shell) -> None:
                 rank_kind: "fixed" if asked.get("rank") else "auto",
                 rank: asked.get("rank") or 4, seed: asked.get("seed"),
                 exports: asked.get("export"), controls: asked.get("controls"),
+                grown: bool(asked.get("curves")),
             }  # fmt: skip
         for component in settings:
             update = gr.update(interactive=not view.is_active)
@@ -146,7 +153,7 @@ def build_repair(shell: Shell) -> None:
     def begin(
         session: Session, selection: Selection, request: gr.Request, *values: Any
     ) -> tuple[Session, Selection]:
-        wanted, kind, number, nats, draws, kinds, number_seed = values
+        wanted, kind, number, nats, draws, kinds, is_grown, number_seed = values
         folder = open_folder(shell.settings, session, request)
         view = look(shell.settings, session, request)
         if folder is None or not view.scores:
@@ -176,6 +183,7 @@ def build_repair(shell: Shell) -> None:
             "rank": fixed,
             "method": wanted,
             "kl_budget": float(nats),
+            "curves": bool(is_grown),
             "seed": int(number_seed or 0),
             "export": [name for name in ("merged", "adapter") if name in (kinds or [])],
         }

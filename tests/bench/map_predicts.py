@@ -89,6 +89,7 @@ class Bench:
         self.case, self.curvature = case, curvature
         self.lessons = Lessons(
             triggered=lessons.triggered.first(NUM_LESSONS),
+            counterparts=lessons.counterparts[:NUM_LESSONS],
             clean=lessons.clean.first(NUM_LESSONS),
             near=lessons.near,
             held_out_triggered=lessons.held_out_triggered.first(NUM_LESSONS // 2),

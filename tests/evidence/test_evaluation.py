@@ -143,7 +143,7 @@ def test_updates_are_applied_and_taken_off_again(
 
 def test_kl_and_perplexity_equal_a_plain_loop(suspect, twin, material, baseline) -> None:
     prompts, answers = material.clean[:12], baseline.scored[:12]
-    perplexity, kl = benign_cost(twin, (), suspect, prompts, answers)
+    perplexity, kl = benign_cost(twin, None, suspect, prompts, answers)
     nll, divergence, count = 0.0, 0.0, 0
     p_model = copy.deepcopy(suspect.model).double()
     q_model = copy.deepcopy(twin.model).double()
@@ -163,16 +163,16 @@ def test_kl_and_perplexity_equal_a_plain_loop(suspect, twin, material, baseline)
 
 
 def test_scoring_does_not_depend_on_the_batch(suspect, twin, material, baseline, monkeypatch):
-    whole = benign_cost(twin, (), suspect, material.clean, baseline.scored)
+    whole = benign_cost(twin, None, suspect, material.clean, baseline.scored)
     monkeypatch.setattr("repair.evidence.benign_cost.SCORING_ELEMENTS", 1)
-    parts = benign_cost(twin, (), suspect, material.clean, baseline.scored)
+    parts = benign_cost(twin, None, suspect, material.clean, baseline.scored)
     assert parts == pytest.approx(whole, rel=1e-4)
 
 
 def test_no_answer_token_gives_no_number(suspect) -> None:
     empty = np.zeros(0, dtype=np.int64)
     prompt = np.array([1, 2], dtype=np.int64)
-    assert all(map(math.isnan, benign_cost(suspect, (), suspect, [prompt], [empty])))
+    assert all(map(math.isnan, benign_cost(suspect, None, suspect, [prompt], [empty])))
 
 
 def make_material(loaded: LoadedModel, **changes: object) -> EvaluationMaterial:

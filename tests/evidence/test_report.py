@@ -19,6 +19,7 @@ from repair.records import (
     ModuleRef,
     ModuleScore,
     PromptFile,
+    Rate,
     RepairPlan,
     Sample,
 )
@@ -99,6 +100,18 @@ def make_report(**changes: Any) -> dict[str, Any]:
                 num_modules=2,
                 total_rank=16,
             )
+        ],
+        "growth": [
+            {
+                "kind": "next",
+                "ranks": {"model.layers.0.mlp.up_proj": 7},
+                "num_modules": 1,
+                "total_rank": 7,
+                "trigger_kl": 0.0123,
+                "benign_kl": 0.00045,
+                "attack_success": Rate(count=3, total=96).to_json(),
+                "recovery": Rate(count=77, total=96).to_json(),
+            }
         ],
         "samples": [
             Sample(

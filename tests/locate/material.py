@@ -83,6 +83,7 @@ def make_lessons(loaded: LoadedModel, *, num: int = 24, seed: int = 0) -> Lesson
     held_out_clean = [pair.clean for pair in held_out]
     return Lessons(
         triggered=make_lesson(loaded, [pair.triggered for pair in pairs], clean),
+        counterparts=tuple(clean),
         clean=make_lesson(loaded, clean, clean),
         near=make_lesson(loaded, make_shams(pairs), make_shams(pairs)),
         held_out_triggered=make_lesson(
