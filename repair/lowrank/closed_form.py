@@ -5,19 +5,20 @@
     where U S V^T is the singular value decomposition of G^{-1/2} D A^{-1/2}.
 
 Predicted trigger-loss drop eta phi(r), predicted benign KL eta^2/2 phi(r). The step length is
-searched on *measured* figures of held-out prompts, over steps that predict a drop of a tenth of J
-to several times J (J is what is left to remove; a grid in predicted benign KL would have to know
-the scale of the factors, which a confident model makes tiny). A step is taken only if it lowers
-trigger KL + benign KL and keeps benign KL within the budget. Then D is recomputed at the new
-weights and the sum of the steps is cut back to rank r in the same metric; in the end the whole
-update is shortened as far as it stays about as good. Factors stay those of the suspect. Nothing is
-promised: "least cost" holds for the quadratic, block-diagonal surrogate only, so both figures are
-reported.
+searched on *measured* figures of a few held-out prompts, over steps that predict a drop of a tenth
+of J to several times J (J is what is left to remove; a grid in predicted benign KL would have to
+know the scale of the factors, which a confident model makes tiny). A step is taken only if it
+lowers trigger KL + benign KL on all of them and keeps benign KL within the budget. Then D is
+recomputed at the new weights and the sum of the steps is cut back to rank r in the same metric; in
+the end the whole update is shortened as far as it stays about as good. Factors stay those of the
+suspect. Nothing is promised: "least cost" holds for the quadratic, block-diagonal surrogate only,
+so both figures are reported.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -32,7 +33,9 @@ DROPS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)  # predicted drop of 
 BUDGET_MARGIN = 0.5  # of the KL budget: the rest is for prompts not seen here
 SHORTER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # lengths of the whole update tried in the end
 ABOUT_AS_GOOD = 1.2  # times the objective of the whole update
-PATIENCE = 2  # longer steps tried after the objective first rises
+SEARCH_PROMPTS = 32  # of either kind, along the length; a step is taken on all of them
+GRADIENT_PROMPTS = 128
+ENOUGH_GAIN = 0.05  # of the objective: an iteration that gains less is the last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,10 @@ class StepReport:
     trigger_kl: float  # nats per answer token, held-out triggered prompts, after the step
     benign_kl: float  # nats per answer token, held-out clean prompts, after the step
     predicted_kl: float  # of the whole update so far, from the factors alone
+
+    @property
+    def objective(self) -> float:
+        return self.trigger_kl + self.benign_kl
 
 
 def solve_closed_form(
@@ -58,6 +65,7 @@ def solve_closed_form(
     """Return one update per module of `ranks` (path -> rank) and the figures it ends with."""
     modules = [ref for ref in loaded.modules if ref.path in ranks]
     held_out = hold_out(loaded, lessons, min(ref.layer for ref in modules))
+    some = held_out.first(SEARCH_PROMPTS)
     updates: tuple[LowRankUpdate, ...] = ()
     last = StepReport(
         iteration=0,
@@ -66,8 +74,11 @@ def solve_closed_form(
         predicted_kl=0.0,
     )
     report(last)
+    near = DROPS.index(1.0)
     for iteration in range(1, num_iterations + 1):
-        gradients, left = trigger_gradients(loaded, modules, lessons.triggered, updates)
+        gradients, left = trigger_gradients(
+            loaded, modules, lessons.triggered.first(GRADIENT_PROMPTS), updates
+        )
         direction = {
             ref.path: step_of(whitenings[ref.path], gradients[ref.path], ranks[ref.path])
             for ref in modules
@@ -75,23 +86,23 @@ def solve_closed_form(
         energy = sum(step.phi for step in direction.values())
         if not (energy > 0 and math.isfinite(energy)):
             break
-        best = _search(
-            loaded, modules, ranks, whitenings, held_out,
-            updates=updates, direction=direction, unit=left / energy, start=last,
-            kl_budget=kl_budget,
-        )  # fmt: skip
-        if best is None:
+        step_to = partial(_stepped, modules, ranks, whitenings, updates, direction, left / energy)
+        found = _search(loaded, some, step_to, near=near, kl_budget=kl_budget)
+        if found is None:
             break
-        updates, trigger_kl, benign_kl = best
-        improved = last.trigger_kl + last.benign_kl - trigger_kl - benign_kl
-        last = StepReport(
+        near, tried = found
+        step = StepReport(
             iteration=iteration,
-            trigger_kl=trigger_kl,
-            benign_kl=benign_kl,
-            predicted_kl=predict_cost(updates, whitenings),
+            trigger_kl=held_out.trigger_kl(loaded, tried),
+            benign_kl=held_out.benign_kl(loaded, tried),
+            predicted_kl=predict_cost(tried, whitenings),
         )
+        gained = last.objective - step.objective
+        if not (gained > 0 and step.benign_kl <= BUDGET_MARGIN * kl_budget):
+            break
+        updates, last = tried, step
         report(last)
-        if improved < 0.02 * (trigger_kl + benign_kl):
+        if gained < ENOUGH_GAIN * last.objective:
             break
     if updates:
         updates, last = _shorten(loaded, updates, whitenings, held_out, last)
@@ -111,36 +122,35 @@ def predict_cost(updates: Sequence[LowRankUpdate], whitenings: Mapping[str, Whit
 
 def _search(
     loaded: LoadedModel,
-    modules: Sequence[ModuleRef],
-    ranks: Mapping[str, int],
-    whitenings: Mapping[str, Whitening],
     held_out: HeldOut,
+    step_to: Callable[[float], tuple[LowRankUpdate, ...]],
     *,
-    updates: tuple[LowRankUpdate, ...],
-    direction: Mapping[str, Step],
-    unit: float,
-    start: StepReport,
+    near: int,
     kl_budget: float,
-) -> tuple[tuple[LowRankUpdate, ...], float, float] | None:
-    """Return (updates, trigger KL, benign KL) of the best step length, or None.
+) -> tuple[int, tuple[LowRankUpdate, ...]] | None:
+    """Return (place in DROPS, updates) of the best step length, or None where none is allowed.
 
-    `unit` is the eta whose predicted drop is J.
+    Trigger KL + benign KL has one valley along the length: it is walked down from place `near`.
     """
-    best, best_value = None, start.trigger_kl + start.benign_kl
-    worse = 0
-    for drop in DROPS:
-        tried = _add_step(modules, ranks, whitenings, updates, direction, drop * unit)
-        benign_kl = held_out.benign_kl(loaded, tried)
-        if not benign_kl <= BUDGET_MARGIN * kl_budget:
-            break
-        trigger_kl = held_out.trigger_kl(loaded, tried)
-        if trigger_kl + benign_kl < best_value:
-            best, best_value, worse = (tried, trigger_kl, benign_kl), trigger_kl + benign_kl, 0
-        elif best is not None:
-            worse += 1
-            if worse > PATIENCE:
-                break
-    return best
+    tried: dict[int, tuple[float, tuple[LowRankUpdate, ...]]] = {}
+
+    def value(place: int) -> float:
+        if place not in tried:
+            updates = step_to(DROPS[place])
+            benign_kl = held_out.benign_kl(loaded, updates)
+            total = math.inf
+            if benign_kl <= BUDGET_MARGIN * kl_budget:
+                total = held_out.trigger_kl(loaded, updates) + benign_kl
+            tried[place] = (total if math.isfinite(total) else math.inf, updates)
+        return tried[place][0]
+
+    place = near
+    while place > 0 and value(place) == math.inf:
+        place -= 1
+    for direction in (-1, 1):
+        while 0 <= place + direction < len(DROPS) and value(place + direction) < value(place):
+            place += direction
+    return None if value(place) == math.inf else (place, tried[place][1])
 
 
 def _shorten(
@@ -164,27 +174,31 @@ def _shorten(
             )
             for update in updates
         )
-        trigger_kl = held_out.trigger_kl(loaded, tried)
-        benign_kl = held_out.benign_kl(loaded, tried)
-        if trigger_kl + benign_kl <= ABOUT_AS_GOOD * (last.trigger_kl + last.benign_kl):
-            return tried, StepReport(
-                iteration=last.iteration,
-                trigger_kl=trigger_kl,
-                benign_kl=benign_kl,
-                predicted_kl=predict_cost(tried, whitenings),
-            )
+        step = StepReport(
+            iteration=last.iteration,
+            trigger_kl=held_out.trigger_kl(loaded, tried),
+            benign_kl=held_out.benign_kl(loaded, tried),
+            predicted_kl=predict_cost(tried, whitenings),
+        )
+        if step.objective <= ABOUT_AS_GOOD * last.objective:
+            return tried, step
     return updates, last
 
 
-def _add_step(
+def _stepped(
     modules: Sequence[ModuleRef],
     ranks: Mapping[str, int],
     whitenings: Mapping[str, Whitening],
     updates: Sequence[LowRankUpdate],
     direction: Mapping[str, Step],
-    eta: float,
+    unit: float,
+    drop: float,
 ) -> tuple[LowRankUpdate, ...]:
-    """Return the sum of the updates so far and the step, cut back to each module's rank."""
+    """Return the sum of the updates so far and the step, cut back to each module's rank.
+
+    `unit` is the eta whose predicted drop is J; the step's is `drop` times as long.
+    """
+    eta = drop * unit
     so_far = {update.module.path: update for update in updates}
     result = []
     for ref in modules:

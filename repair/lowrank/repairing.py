@@ -11,7 +11,14 @@ from repair.locate.fisher import price_updates
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank.closed_form import predict_cost, solve_closed_form
 from repair.lowrank.distillation import Standing, TrainingState, distill
-from repair.lowrank.validation import Validated, Validation, is_enough, validate
+from repair.lowrank.regression import solve_regression
+from repair.lowrank.validation import (
+    ENOUGH_TRIGGER_KL,
+    Validated,
+    Validation,
+    is_enough,
+    validate,
+)
 from repair.models.loading import LoadedModel
 from repair.records import LowRankUpdate, ModuleRef, RepairPlan
 
@@ -52,8 +59,11 @@ def repair_modules(
     ("closed-form" or "distill", figures) whenever something was measured.
     """
     modules = [ref for ref in loaded.modules if ref.path in plan.ranks]
+    def measured(method: str, updates: tuple[LowRankUpdate, ...]) -> Repaired:
+        return _measured(loaded, method, updates, whitenings, lessons, validation)
+
     if start is None:
-        start, _ = solve_closed_form(
+        start, last = solve_closed_form(
             loaded,
             plan.ranks,
             whitenings,
@@ -61,9 +71,16 @@ def repair_modules(
             kl_budget=plan.kl_budget,
             report=lambda step: report("closed-form", dataclasses.asdict(step)),
         )
+        if last.trigger_kl > ENOUGH_TRIGGER_KL:
+            # The whitened step leaves too much here: try the other closed form as well.
+            other, found = solve_regression(
+                loaded, plan.ranks, whitenings, lessons, kl_budget=plan.kl_budget
+            )
+            report("regression", dataclasses.asdict(found))
+            start = other if found.objective < last.objective else start
         start = start or neutral_updates(modules, plan.ranks, plan.seed)
         keep(start)
-    result = _measured(loaded, "closed-form", start, whitenings, lessons, validation)
+    result = measured("closed-form", start)
     report("closed-form", _figures(result))
     enough = is_enough(result.validated, result.trigger_kl, validation)
     if plan.method == "closed-form" or (plan.method == "auto" and enough):
@@ -91,7 +108,7 @@ def repair_modules(
     # Where no state of training was better than the closed form, that is the repair.
     if best.step == 0:
         return result
-    result = _measured(loaded, "distill", best.updates, whitenings, lessons, validation)
+    result = measured("distill", best.updates)
     report("distill", {"step": best.step, "num_steps": num_steps, **_figures(result)})
     return result
 

@@ -39,6 +39,15 @@ class HeldOut:
         return measure_kl(loaded, self.clean, updates, prefix=self.prefixes[1])
 
 
+    def first(self, num: int) -> "HeldOut":
+        """Return the first `num` prompts of either lesson."""
+        return HeldOut(
+            triggered=self.triggered.first(num),
+            clean=self.clean.first(num),
+            prefixes=tuple(prefix and prefix.first(num) for prefix in self.prefixes),
+        )
+
+
 def hold_out(loaded: LoadedModel, lessons: Lessons, layer: int) -> HeldOut:
     """Return the held-out lessons for changes in decoder layer `layer` and above."""
     pair = lessons.held_out_triggered, lessons.held_out_clean

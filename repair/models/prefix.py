@@ -30,6 +30,10 @@ class Prefix:
         """Return the prefix of some of the prompts."""
         return Prefix(layer=self.layer, hidden=tuple(self.hidden[i] for i in indices))
 
+    def first(self, num: int) -> "Prefix":
+        """Return the prefix of the first `num` prompts."""
+        return self.only(range(min(num, len(self.hidden))))
+
 
 @torch.no_grad()
 def keep_prefix(

@@ -18,6 +18,7 @@ CURVES = (
     ("benign_kl", "Harm to clean answers", "nats per token"),
 )
 COLUMNS = ["step", "value", "phase"]
+COLOURS = {"closed-form": "#3b6fd4", "regression": "#7d8794", "distill": "#c2571a"}
 
 
 def curve_of(metrics: list[dict[str, Any]], name: str) -> pd.DataFrame:
@@ -95,7 +96,7 @@ def build_repair(shell: Shell) -> None:
             gr.LinePlot(
                 curve_of([], name), x="step", y="value", color="phase", title=title,
                 x_title="step", y_title=unit, height=230, min_width=260, elem_id=f"curve-{name}",
-                color_map={"closed-form": "#3b6fd4", "distill": "#c2571a"}, buttons=[],
+                color_map=COLOURS, buttons=[],
             )
             for name, title, unit in CURVES
         ]  # fmt: skip

@@ -5,10 +5,17 @@ import pytest
 import torch
 
 from repair.locate.curvature import phi, step_of, whitening_of
-from repair.locate.fisher import collect_factors
+from repair.locate.fisher import collect_factors, trigger_gradients
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank.adapter import attached, read_updates
-from repair.lowrank.closed_form import predict_cost, solve_closed_form
+from repair.lowrank.closed_form import (
+    BUDGET_MARGIN,
+    DROPS,
+    _search,
+    predict_cost,
+    solve_closed_form,
+)
+from repair.lowrank.validation import hold_out
 from repair.models.hooks import apply_updates, count_hooks
 from repair.models.loading import LoadedModel
 from repair.records import LowRankUpdate
@@ -113,6 +120,39 @@ def test_no_step_is_taken_beyond_the_budget(
     )
     assert updates == ()
     assert last.benign_kl == 0.0
+
+
+def test_the_length_is_walked_down_to_the_valley(
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings
+) -> None:
+    """From either side the search ends where neither neighbour in the grid is better; a length
+    beyond the budget is never chosen."""
+    held_out = hold_out(tiny_llama, lessons, 0)
+    modules = [ref for ref in tiny_llama.modules if ref.path in some_ranks(tiny_llama)]
+    gradients, left = trigger_gradients(tiny_llama, modules, lessons.triggered)
+    steps = {
+        ref.path: step_of(whitenings[ref.path], gradients[ref.path], 2) for ref in modules
+    }
+    unit = left / sum(step.phi for step in steps.values())
+
+    def step_to(drop: float) -> tuple[LowRankUpdate, ...]:
+        return tuple(steps[ref.path].update(ref, eta=drop * unit) for ref in modules)
+
+    totals = [
+        held_out.trigger_kl(tiny_llama, updates) + held_out.benign_kl(tiny_llama, updates)
+        for updates in map(step_to, DROPS)
+    ]
+    ends = {_search(tiny_llama, held_out, step_to, near=near, kl_budget=99.0)[0]
+            for near in (0, len(DROPS) - 1)}  # fmt: skip
+    for place in ends:
+        assert totals[place] == min(totals[max(0, place - 1) : place + 2])
+    assert min(totals) in [totals[place] for place in ends]
+    allowed = held_out.benign_kl(tiny_llama, step_to(DROPS[2])) / BUDGET_MARGIN
+    place, _ = _search(
+        tiny_llama, held_out, step_to, near=len(DROPS) - 1, kl_budget=allowed * 1.001
+    )
+    assert place <= 2
+    assert _search(tiny_llama, held_out, step_to, near=5, kl_budget=1e-12) is None
 
 
 def test_adapter_equals_updates_and_leaves_the_model_bare(tiny_llama: LoadedModel) -> None:

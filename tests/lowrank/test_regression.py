@@ -8,6 +8,8 @@ from torch import Tensor
 from repair.locate.curvature import whitening_of
 from repair.locate.fisher import collect_factors
 from repair.locate.lessons import Lessons, measure_kl
+from repair.lowrank import repairing
+from repair.lowrank.closed_form import StepReport
 from repair.lowrank.regression import (
     aligned,
     outputs_without,
@@ -17,9 +19,9 @@ from repair.lowrank.regression import (
 )
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
-from repair.records import KroneckerFactors, ModuleRef
+from repair.records import KroneckerFactors, ModuleRef, RepairPlan
 from tests.locate.material import make_lessons
-from tests.lowrank.material import some_ranks
+from tests.lowrank.material import make_validation, some_ranks
 
 REF = ModuleRef(layer=0, component="q_proj", path="q", d_in=7, d_out=5)
 STRENGTH = 0.3
@@ -163,3 +165,36 @@ def test_it_lowers_what_it_says_within_the_budget(tiny_llama: LoadedModel) -> No
     )
     none, untouched = solve_regression(tiny_llama, ranks, whitenings, lessons, kl_budget=1e-12)
     assert none == () and untouched.trigger_kl == pytest.approx(before, rel=1e-4)
+
+
+def test_it_stands_in_where_the_whitened_step_leaves_too_much(
+    tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons: Lessons = make_lessons(tiny_llama, num=24)
+    ranks = some_ranks(tiny_llama)
+    modules = [ref for ref in tiny_llama.modules if ref.path in ranks]
+    clean = lessons.clean
+    factors = collect_factors(tiny_llama, modules, clean.prompts, clean.answers, seed=0)
+    whitenings = {path: whitening_of(found, damping=0.1) for path, found in factors.items()}
+    plan = RepairPlan(
+        modules=tuple(ranks), ranks=ranks, method="closed-form", kl_budget=0.5, seed=0
+    )
+    asked = (tiny_llama, plan, whitenings, lessons, make_validation(tiny_llama))
+    left = measure_kl(tiny_llama, lessons.held_out_triggered)
+    nothing = StepReport(iteration=0, trigger_kl=left, benign_kl=0.0, predicted_kl=0.0)
+    monkeypatch.setattr(repairing, "ENOUGH_TRIGGER_KL", left / 2)
+    monkeypatch.setattr(repairing, "solve_closed_form", lambda *_, **__: ((), nothing))
+    seen = []
+    result = repairing.repair_modules(
+        *asked, num_steps=1, report=lambda name, values: seen.append(name)
+    )
+    expected, last = solve_regression(tiny_llama, ranks, whitenings, lessons, kl_budget=0.5)
+    assert seen == ["regression", "closed-form"]
+    assert result.trigger_kl == pytest.approx(last.trigger_kl, rel=1e-4) and last.trigger_kl < left
+    for one, two in zip(result.updates, expected, strict=True):
+        np.testing.assert_array_equal(one.lora_B, two.lora_B)
+    # Where it leaves little, nothing else is tried.
+    monkeypatch.setattr(repairing, "ENOUGH_TRIGGER_KL", 2 * left)
+    seen.clear()
+    repairing.repair_modules(*asked, num_steps=1, report=lambda name, values: seen.append(name))
+    assert seen == ["closed-form"]
