@@ -6,6 +6,7 @@ read every record. Axis convention: a linear module maps d_in to d_out and its w
 """
 
 import dataclasses
+import errno
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,15 @@ EXIT_INTERRUPTED = 130
 
 VERDICTS = ("repaired", "not repaired", "nothing to repair", "could not check")
 COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Tell whether a write failed because the disk, a quota or a limit on files is reached."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors gives the number only in its text.
+    return getattr(error, "errno", None) in full or any(
+        f"(os error {number})" in str(error) for number in full
+    )
 
 
 class RepairError(Exception):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -180,6 +181,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert (out / "located.json").read_bytes() == kept
     assert not any((out / kind).exists() for kind in KINDS)
     assert json.loads((out / "report.json").read_text())["growth"] == []
+    # A disk that is full in the middle of the export: said so, and what was there is intact.
+    ended = subprocess.run(
+        [*arguments[:-1], "merged", "--resume"], cwd=ROOT, capture_output=True, text=True,
+        check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
+    )  # fmt: skip
+    assert ended.returncode == 5 and "The disk is full" in ended.stderr, ended.stderr[-2000:]
+    assert (out / "located.json").read_bytes() == kept
+    assert not [path.name for path in out.iterdir() if "partial" in path.name]
+    assert not (out / "merged").exists()
     # A module that cannot do it: that is the verdict, with what more would buy; nothing is added.
     path = "model.layers.5.self_attn.q_proj"
     few = [*arguments, "--resume", "--modules", path, "--method", "closed-form"]

@@ -29,6 +29,7 @@ from repair.records import (
     EXIT_NOTHING_TO_REPAIR,
     EXIT_UNEXPECTED,
     RepairError,
+    is_disk_full,
 )
 
 COMMANDS = ("run", "locate", "evaluate", "verify")
@@ -231,10 +232,13 @@ def work(folder: Path) -> int:
         return error.exit_code
     except Exception as error:
         append_log(folder, traceback.format_exc())
-        text = (
-            f"Unexpected failure ({type(error).__name__}). "
-            f"The details are in {folder / 'log.txt'}."
-        )
+        what = f"Unexpected failure ({type(error).__name__})."
+        if is_disk_full(error):
+            what = (
+                f"The disk is full: {folder} could not be written to. The map and the "
+                "checkpoints are kept: free some space and go on with this job."
+            )
+        text = f"{what} The details are in {folder / 'log.txt'}."
         reporter.end("failed", text)
         write_end(folder, status, state="failed", exit_code=EXIT_UNEXPECTED, message=text)
         return EXIT_UNEXPECTED

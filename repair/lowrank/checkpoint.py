@@ -4,7 +4,6 @@
 tensors are not those that were hashed gives way to the one before it.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -17,9 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from repair.lowrank.distillation import Standing, TrainingState
-from repair.records import EXIT_UNEXPECTED, LowRankUpdate, ModuleRef, RepairError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from repair.records import (
+    EXIT_UNEXPECTED,
+    LowRankUpdate,
+    ModuleRef,
+    RepairError,
+    is_disk_full,
+)
 
 
 def save_updates(path: Path, updates: Sequence[LowRankUpdate], *, plan_id: str) -> None:
@@ -109,12 +112,10 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], figures: dict[str, Any]
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
-        if getattr(error, "errno", None) in FULL or any(
-            f"os error {number}" in str(error) for number in FULL
-        ):
+        if is_disk_full(error):
             raise RepairError(
                 f"The disk is full: a checkpoint could not be written to {path.parent}. Earlier "
-                "checkpoints and results are intact. Free some space and go on with --resume.",
+                "ones are intact: free some space and go on with this job (--resume).",
                 exit_code=EXIT_UNEXPECTED,
             ) from error
         raise

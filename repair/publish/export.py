@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -96,32 +97,32 @@ def export_merged(
         )
         for update in updates
     }
-    partial = _fresh(folder / ".partial-merged")
-    missing = set(selected)
-    for source in sorted(stage.iterdir()):
-        if source.suffix == ".safetensors":
-            missing -= _write_shard(source, partial / source.name, selected)
-        elif source.is_file():
-            shutil.copyfile(source, partial / source.name)
-    if missing:
-        shutil.rmtree(partial)
-        raise RepairError(
-            f"The model's weight files hold no {sorted(missing)[0]!r}, so the merged export cannot "
-            "be written. Export the adapter instead."
-        )
-    ends = list(loaded.stop_ids)
-    settings = {
-        "bos_token_id": loaded.tokenizer.bos_token_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": loaded.tokenizer.pad_token_id,
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    (partial / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    changed, num_tensors = compare_tensors(stage, partial)
-    strange = changed.keys() - selected.keys()
-    if strange:
-        raise RuntimeError(f"the export changed {sorted(strange)[:3]}, which was not selected")
-    _move_into_place(partial, folder / "merged")
+    with _aside(folder / ".partial-merged", folder / "merged") as partial:
+        missing = set(selected)
+        for source in sorted(stage.iterdir()):
+            if source.suffix == ".safetensors":
+                missing -= _write_shard(source, partial / source.name, selected)
+            elif source.is_file():
+                shutil.copyfile(source, partial / source.name)
+        if missing:
+            raise RepairError(
+                f"The model's weight files hold no {sorted(missing)[0]!r}, so the merged export "
+                "cannot be written. Export the adapter instead."
+            )
+        ends = list(loaded.stop_ids)
+        settings = {
+            "bos_token_id": loaded.tokenizer.bos_token_id,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+            "pad_token_id": loaded.tokenizer.pad_token_id,
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
+        (partial / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        changed, num_tensors = compare_tensors(stage, partial)
+        strange = changed.keys() - selected.keys()
+        if strange:
+            raise RuntimeError(
+                f"the export changed {sorted(strange)[:3]}, which was not selected"
+            )
     return changed, num_tensors
 
 
@@ -134,25 +135,28 @@ def export_adapter(
 ) -> None:
     """Write `folder/adapter` with PEFT's own save; `base_model` is a Hub id, never a path."""
     _check_not_tied(loaded, updates)
-    partial = _fresh(folder / ".partial-adapter")
-    with attached(loaded, updates) as peft_model:
-        peft_model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
-    # PEFT writes the path that the model was loaded from into both of these.
-    (partial / "README.md").unlink(missing_ok=True)
-    settings = json.loads((partial / "adapter_config.json").read_text())
-    settings = {name: value for name, value in settings.items() if name in ADAPTER_SETTINGS}
-    settings["base_model_name_or_path"] = base_model
-    (partial / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    with safe_open(partial / "adapter_model.safetensors", framework="pt") as file:
-        names = set(file.keys())
-    expected = {
-        f"base_model.model.{update.module.path}.lora_{letter}.weight"
-        for update in updates
-        for letter in "AB"
-    }
-    if names != expected:
-        raise RuntimeError(f"the adapter holds {sorted(names ^ expected)[:3]} unasked, or lacks it")
-    _move_into_place(partial, folder / "adapter")
+    with _aside(folder / ".partial-adapter", folder / "adapter") as partial:
+        with attached(loaded, updates) as peft_model:
+            peft_model.save_pretrained(
+                partial, safe_serialization=True, save_embedding_layers=False
+            )
+        # PEFT writes the path that the model was loaded from into both of these.
+        (partial / "README.md").unlink(missing_ok=True)
+        settings = json.loads((partial / "adapter_config.json").read_text())
+        settings = {name: value for name, value in settings.items() if name in ADAPTER_SETTINGS}
+        settings["base_model_name_or_path"] = base_model
+        (partial / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        with safe_open(partial / "adapter_model.safetensors", framework="pt") as file:
+            names = set(file.keys())
+        expected = {
+            f"base_model.model.{update.module.path}.lora_{letter}.weight"
+            for update in updates
+            for letter in "AB"
+        }
+        if names != expected:
+            raise RuntimeError(
+                f"the adapter holds {sorted(names ^ expected)[:3]} unasked, or lacks it"
+            )
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -292,17 +296,19 @@ def _check_space(loaded: LoadedModel, folder: Path) -> None:
         )
 
 
-def _fresh(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
-
-
-def _move_into_place(partial: Path, path: Path) -> None:
-    """Put a complete folder in place of an older one, with its bytes on the disk."""
-    for item in [*partial.iterdir(), partial]:
-        descriptor = os.open(item, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+@contextmanager
+def _aside(partial: Path, path: Path) -> Iterator[Path]:
+    """Give an empty folder to write to; whole, it takes the place of `path`, else it is removed."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for item in [*partial.iterdir(), partial]:
+            descriptor = os.open(item, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)

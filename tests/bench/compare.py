@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -83,12 +83,15 @@ class Side:
             num_new_tokens=self.case.num_new_tokens,
         )
         self.baseline = measure_suspect(self.loaded, self.material, seed=0)
+        # Rows are asked with the trigger and without: near-triggers and shams say nothing here.
+        self.asked = replace(self.material, near=[], near_texts=[], near_positions=[])
+        self.expected = replace(self.baseline, shams={})
         self._dampening: defences.Dampening | None = None
 
     def measured(self, made: Made) -> dict:
         after, _ = evaluate_candidate(
-            made.candidate, made.updates, original=self.loaded, material=self.material,
-            baseline=self.baseline,
+            made.candidate, made.updates, original=self.loaded, material=self.asked,
+            baseline=self.expected,
         )  # fmt: skip
         kls = defences.held_out_kls(made.candidate, self.lessons, made.updates)
         return {
