@@ -79,7 +79,14 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
         modules = steps.shortlist(
             loaded.modules, patched.main, memory_bytes=FACTOR_MEMORY_BYTES
         )
-        curvature = steps.measure_curvature(loaded, modules, lessons, seed=case.seed)
+        formed = {ref.path for ref in modules}
+        curvature = steps.measure_curvature(
+            loaded,
+            modules,
+            lessons,
+            seed=case.seed,
+            traced=[ref for ref in loaded.modules if ref.path not in formed],
+        )
         ranking = locating.rank_located(
             loaded,
             patched,

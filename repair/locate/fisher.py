@@ -11,7 +11,7 @@ are not masked: nothing that is read depends on padding, so that they are zero t
 factors do not know: correlations between positions and between modules (`price_updates` does).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,12 +86,35 @@ def collect_factors(
     num_draws: int = NUM_DRAWS,
 ) -> dict[str, KroneckerFactors]:
     """Return K-FAC factors of each module over `answers` behind `prompts` (ids [tokens])."""
+    return factors_and_traces(
+        loaded, modules, prompts, answers, traced=(), seed=seed, num_draws=num_draws
+    )[0]
+
+
+def factors_and_traces(
+    loaded: LoadedModel,
+    modules: Sequence[ModuleRef],
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
+    *,
+    traced: Sequence[ModuleRef],
+    seed: int,
+    num_draws: int = NUM_DRAWS,
+) -> tuple[dict[str, KroneckerFactors], dict[str, FisherTrace]]:
+    """Return the factors of `modules` and the traces of these and of `traced`, from one pass.
+
+    The heat map needs every module's traces; the factors of some cost their products only.
+    """
+    sums = {ref.path: [0.0, 0.0] for ref in traced}
     activation: dict[str, Tensor] = {}
     gradient: dict[str, Tensor] = {}
     owners: dict[str, str] = {}  # path -> the module whose input it shares
     inputs: dict[tuple, tuple[Tensor, str]] = {}  # of this batch; kept alive, so addresses are
 
     def receive(ref: ModuleRef, x: Tensor, g: Tensor, draw: _Draw) -> None:
+        if ref.path in sums:
+            _add_squares(sums[ref.path], x, g, draw)
+            return
         if draw.is_first:
             # Modules fed by one tensor (q, k, v; gate, up) share its covariance.
             _, owner = inputs.setdefault((x.data_ptr(), x.shape), (x, ref.path))
@@ -106,11 +129,11 @@ def collect_factors(
 
     last = len(decoder_layers(loaded.model)) - 1
     counts = _sampled_backward(
-        loaded, modules, prompts, answers, seed=seed, num_draws=num_draws, receive=receive,
-        end_draw=inputs.clear,
+        loaded, [*modules, *traced], prompts, answers, seed=seed, num_draws=num_draws,
+        receive=receive, end_draw=inputs.clear,
     )  # fmt: skip
     means = {path: _mean(total, counts[0]) for path, total in activation.items()}
-    return {
+    factors = {
         ref.path: KroneckerFactors(
             module=ref,
             activation_covariance=means[owners[ref.path]],
@@ -120,6 +143,8 @@ def collect_factors(
         )
         for ref in modules
     }
+    traces = {path: _traces_of(found) for path, found in factors.items()}
+    return factors, traces | _mean_traces(sums, *counts, num_draws)
 
 
 @torch.no_grad()
@@ -155,14 +180,22 @@ def fisher_traces(
     if not modules:
         return {}
 
-    def receive(ref: ModuleRef, x: Tensor, g: Tensor, draw: _Draw) -> None:
-        if draw.is_first:
-            sums[ref.path][0] += torch.linalg.vector_norm(draw.without_padding(x)).double() ** 2
-        sums[ref.path][1] += torch.linalg.vector_norm(g).double() ** 2
+    counts = _sampled_backward(
+        loaded, modules, prompts, answers, seed=seed, num_draws=num_draws,
+        receive=lambda ref, x, g, draw: _add_squares(sums[ref.path], x, g, draw),
+    )  # fmt: skip
+    return _mean_traces(sums, *counts, num_draws)
 
-    num_tokens, num_answer_tokens = _sampled_backward(
-        loaded, modules, prompts, answers, seed=seed, num_draws=num_draws, receive=receive
-    )
+
+def _add_squares(sums: list[float], x: Tensor, g: Tensor, draw: "_Draw") -> None:
+    if draw.is_first:
+        sums[0] += torch.linalg.vector_norm(draw.without_padding(x)).double() ** 2
+    sums[1] += torch.linalg.vector_norm(g).double() ** 2
+
+
+def _mean_traces(
+    sums: Mapping[str, list[float]], num_tokens: int, num_answer_tokens: int, num_draws: int
+) -> dict[str, FisherTrace]:
     return {
         path: FisherTrace(
             activation=float(a) / num_tokens,
@@ -173,8 +206,7 @@ def fisher_traces(
     }
 
 
-def traces_of(factors: KroneckerFactors) -> FisherTrace:
-    """Return the traces of factors that were formed."""
+def _traces_of(factors: KroneckerFactors) -> FisherTrace:
     return FisherTrace(
         activation=float(np.trace(factors.activation_covariance, dtype=np.float64)),
         gradient=float(np.trace(factors.gradient_covariance, dtype=np.float64)),

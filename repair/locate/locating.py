@@ -19,7 +19,7 @@ from repair.locate.probe import probe_modules
 from repair.locate.ranking import rank_modules
 from repair.locate.redundancy import Redundancy, measure_redundancy
 from repair.locate.screen import screen_modules
-from repair.locate.steps import FACTOR_PROMPTS, Curvature
+from repair.locate.steps import Curvature
 from repair.models.answers import generate_answers
 from repair.models.loading import LoadedModel
 from repair.records import (
@@ -228,7 +228,8 @@ def rank_located(
     seed: int,
     progress: Progress = lambda done, total: None,
 ) -> ModuleRanking:
-    """Return the ranking; `triggered` holds (prompts, the suspect's own answers) as ids."""
+    """Return the ranking; `triggered` holds (prompts, the suspect's own answers) as ids, and
+    `curvature` has the traces of every module."""
     has_step = [ref for ref in loaded.modules if ref.path in curvature.steps]
     probes = probe_modules(
         loaded,
@@ -238,11 +239,6 @@ def rank_located(
         lessons.held_out_clean,
         progress=progress,
     )
-    num = FACTOR_PROMPTS
-    others = [ref for ref in loaded.modules if ref.path not in curvature.traces]
-    traces_clean = curvature.traces | fisher_traces(
-        loaded, others, lessons.clean.prompts[:num], lessons.clean.answers[:num], seed=seed
-    )
     traces_trigger = fisher_traces(loaded, loaded.modules, *triggered, seed=seed)
     covariances = input_covariances(loaded, has_step, *triggered)
     return rank_modules(
@@ -250,7 +246,7 @@ def rank_located(
         curvature.spectra,
         others=patched.others,
         traces_trigger=traces_trigger,
-        traces_clean=traces_clean,
+        traces_clean=curvature.traces,
         probes=probes,
         separabilities={
             path: separability(curvature.whitenings[path], covariance)

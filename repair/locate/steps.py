@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from repair.locate.curvature import Spectral, Step, Whitening, decompose, step_of
-from repair.locate.fisher import FisherTrace, collect_factors, traces_of, trigger_gradients
+from repair.locate.fisher import FisherTrace, factors_and_traces, trigger_gradients
 from repair.locate.lessons import Lesson, Lessons, measure_kl
 from repair.models.loading import LoadedModel
 from repair.records import ModuleRef, PatchingScores
@@ -53,7 +53,7 @@ class Curvature:
     damping: Damping
     whitenings: dict[str, Whitening]
     steps: dict[str, Step]  # of rank STEP_RANK
-    traces: dict[str, FisherTrace]  # of the clean factors
+    traces: dict[str, FisherTrace]  # on clean prompts, of these and of others
 
     @property
     def spectra(self) -> dict[str, Tensor]:
@@ -77,14 +77,15 @@ def measure_curvature(
     *,
     seed: int,
     damping: Damping | None = None,
+    traced: Sequence[ModuleRef] = (),
 ) -> Curvature:
     """Return whitenings and steps of `modules` from the repair split's lessons, at `damping` or
-    at the one that agrees best on them."""
+    at the one that agrees best on them; of `traced` the traces only."""
     num = FACTOR_PROMPTS
-    factors = collect_factors(
-        loaded, modules, lessons.clean.prompts[:num], lessons.clean.answers[:num], seed=seed
-    )
-    traces = {path: traces_of(found) for path, found in factors.items()}
+    factors, traces = factors_and_traces(
+        loaded, modules, lessons.clean.prompts[:num], lessons.clean.answers[:num],
+        traced=traced, seed=seed,
+    )  # fmt: skip
     spectral = {path: decompose(factors.pop(path)) for path in list(factors)}
     gradients, trigger_kl = trigger_gradients(loaded, modules, lessons.triggered)
     if damping is None:

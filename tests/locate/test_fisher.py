@@ -10,9 +10,9 @@ from repair.locate.fisher import (
     _sample,
     add_gram,
     collect_factors,
+    factors_and_traces,
     fisher_traces,
     price_updates,
-    traces_of,
     trigger_gradients,
 )
 from repair.locate.lessons import measure_kl
@@ -103,8 +103,32 @@ def test_factors_do_not_depend_on_batches(
         for name in ("activation_covariance", "gradient_covariance"):
             one, two = getattr(factors, name), getattr(other, name)
             np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6 * np.abs(two).max())
-        assert traces[path].value == pytest.approx(traces_of(factors).value, rel=1e-4)
-        assert traces[path].activation == pytest.approx(traces_of(factors).activation, rel=1e-4)
+        per_answer = factors.num_tokens / factors.num_answer_tokens
+        activation = np.trace(factors.activation_covariance, dtype=np.float64)
+        gradient = np.trace(factors.gradient_covariance, dtype=np.float64)
+        assert traces[path].activation == pytest.approx(activation, rel=1e-4)
+        assert traces[path].value == pytest.approx(per_answer * activation * gradient, rel=1e-4)
+
+
+def test_factors_of_a_few_and_traces_of_all_come_from_one_pass(double: LoadedModel) -> None:
+    lesson = make_lessons(double, num=8).clean
+    given = (lesson.prompts, lesson.answers)
+    few, others = double.modules[2:9:3], [m for i, m in enumerate(double.modules) if i % 3 != 2]
+    passes = []
+    handle = double.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    factors, traces = factors_and_traces(double, few, *given, traced=others, seed=0)
+    handle.remove()
+    assert len(passes) == 1
+    whole = collect_factors(double, double.modules, *given, seed=0)
+    alone = fisher_traces(double, double.modules, *given, seed=0)
+    assert set(factors) == {ref.path for ref in few}
+    assert set(traces) == {ref.path for ref in (*few, *others)}
+    for path, found in factors.items():
+        np.testing.assert_allclose(
+            found.gradient_covariance, whole[path].gradient_covariance, rtol=1e-6, atol=1e-12
+        )
+    for path, found in traces.items():
+        assert found.value == pytest.approx(alone[path].value, rel=1e-6)
 
 
 def test_one_triangle_of_blocks_is_the_whole_product() -> None:
