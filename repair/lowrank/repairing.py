@@ -63,6 +63,7 @@ def repair_modules(
         return _measured(loaded, method, updates, whitenings, lessons, validation)
 
     if start is None:
+        report("closed-form", validate(loaded, validation).figures())  # where the curve begins
         start, last = solve_closed_form(
             loaded,
             plan.ranks,

@@ -74,7 +74,7 @@ footer { display: none !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
 /* Wide tables scroll inside their own box; the page never does. */
 .gradio-container main { max-width: calc(100vw - 24px); }
-#samples, #rates, #gates, #controls, #files, #model-facts {
+#samples, #rates, #gates, #controls, #grown, #files, #model-facts {
   max-width: calc(100vw - 64px); overflow-x: auto; }
 #by-role, #by-head { max-width: calc(100vw - 104px); overflow-x: auto; }
 @media (max-width: 640px) {
