@@ -14,19 +14,25 @@ from repair.ui.shell import Shell, Updates
 
 CURVES = (
     ("attack_success", "Attack success on validation prompts", "share that still fires"),
-    ("trigger_kl", "Distance from the clean answer, triggered", "nats per token"),
+    ("trigger_kl", "Trigger's effect left", "nats per token"),
     ("benign_kl", "Harm to clean answers", "nats per token"),
 )
 COLUMNS = ["step", "value", "phase"]
-COLOURS = {"closed-form": "#3b6fd4", "regression": "#7d8794", "distill": "#c2571a"}
+COLOURS = {"closed-form": "#3b6fd4", "distill": "#c2571a"}
+PHASES = {"regression": "closed-form"}  # the other closed form
 
 
 def curve_of(metrics: list[dict[str, Any]], name: str) -> pd.DataFrame:
-    """Return one curve: a row per report of the pipeline, in order, coloured by phase."""
-    rows = []
+    """Return one curve: a row per report of the pipeline, in order, coloured by phase.
+
+    A plot keeps the types and the phases that it saw first, so every frame has all of them: the
+    rows without a value are not drawn.
+    """
+    rows = [[0.0, float("nan"), phase] for phase in COLOURS]
     for place, values in enumerate(metrics):
         if isinstance(values.get(name), int | float):
-            rows.append([place, float(values[name]), str(values["series"])[:40]])
+            series = str(values["series"])[:40]
+            rows.append([float(place), float(values[name]), PHASES.get(series, series)])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
