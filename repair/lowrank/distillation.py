@@ -147,6 +147,12 @@ def distill(
             tensors=_snapshot(parameters, optimizer), best=start,
         )  # fmt: skip
         _restore(parameters, optimizer, state.tensors)
+
+        def go_back(state: TrainingState, step: int) -> tuple[TrainingState, int]:
+            state = _rolled_back(state, step)
+            _restore(parameters, optimizer, state.tensors)
+            return state, state.step
+
         step = state.step
         while step < num_steps and not (
             state.best.is_enough and state.num_waiting >= PATIENCE
@@ -158,9 +164,7 @@ def distill(
             losses = course.backward(step, penalty)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not (np.isfinite(losses.total) and torch.isfinite(norm)):
-                state = _rolled_back(state, step)
-                _restore(parameters, optimizer, state.tensors)
-                step = state.step
+                state, step = go_back(state, step)
                 continue
             optimizer.step()
             step += 1
@@ -172,9 +176,7 @@ def distill(
                 validated=validate(loaded, validation), is_best=False,
             )  # fmt: skip
             if not np.isfinite(found.trigger_kl + found.benign_kl):
-                state = _rolled_back(state, step)
-                _restore(parameters, optimizer, state.tensors)
-                step = state.step
+                state, step = go_back(state, step)
                 continue
             reached = Standing(
                 step=step,

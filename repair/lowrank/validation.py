@@ -38,7 +38,6 @@ class HeldOut:
         """Return the KL (nats per answer token) from the suspect on clean prompts."""
         return measure_kl(loaded, self.clean, updates, prefix=self.prefixes[1])
 
-
     def first(self, num: int) -> "HeldOut":
         """Return the first `num` prompts of either lesson."""
         return HeldOut(

@@ -141,6 +141,27 @@ def test_updates_are_applied_and_taken_off_again(
     assert count_hooks(suspect.model) == 0
 
 
+def test_merged_figures_are_those_of_the_weights_as_the_files_round_them(
+    suspect, material, baseline, generator
+) -> None:
+    update = random_update(suspect, generator, size=0.05)
+    halved = dataclasses.replace(
+        suspect, staged=dataclasses.replace(suspect.staged, dtype="bfloat16")
+    )
+    merged = copy_of(suspect)
+    with torch.no_grad():
+        weight = merged.model.get_submodule(update.module.path).weight
+        delta = torch.from_numpy(update.lora_B @ update.lora_A)
+        weight.copy_((weight + delta).bfloat16().float())
+    rounded, _ = evaluate_candidate(
+        halved, (update,), original=halved, material=material, baseline=baseline, as_merged=True
+    )
+    by_weight, _ = evaluate(merged, suspect, material, baseline)
+    by_hook, _ = evaluate(suspect, suspect, material, baseline, (update,))
+    assert rounded.kl_from_original == pytest.approx(by_weight.kl_from_original, rel=1e-5)
+    assert rounded.kl_from_original != pytest.approx(by_hook.kl_from_original, rel=1e-4)
+
+
 def test_kl_and_perplexity_equal_a_plain_loop(suspect, twin, material, baseline) -> None:
     prompts, answers = material.clean[:12], baseline.scored[:12]
     perplexity, kl = benign_cost(twin, None, suspect, prompts, answers)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from repair.locate.curvature import phi, step_of, whitening_of
-from repair.locate.fisher import collect_factors, trigger_gradients
+from repair.locate.fisher import trigger_gradients
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank.adapter import attached, read_updates
 from repair.lowrank.closed_form import (
@@ -19,22 +19,7 @@ from repair.lowrank.validation import hold_out
 from repair.models.hooks import apply_updates, count_hooks
 from repair.models.loading import LoadedModel
 from repair.records import LowRankUpdate
-from tests.locate.material import make_lessons
 from tests.lowrank.material import random_updates, some_ranks
-
-
-@pytest.fixture(scope="module")
-def lessons(tiny_llama: LoadedModel) -> Lessons:
-    return make_lessons(tiny_llama, num=24)
-
-
-@pytest.fixture(scope="module")
-def whitenings(tiny_llama: LoadedModel, lessons: Lessons):
-    clean = lessons.clean
-    factors = collect_factors(
-        tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0
-    )
-    return {path: whitening_of(found, damping=0.1) for path, found in factors.items()}
 
 
 def test_the_step_is_the_minimiser_in_float64() -> None:

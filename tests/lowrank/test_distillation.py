@@ -46,20 +46,6 @@ UPPER = (9, 11, 13)  # of the second layer's modules: there is a prefix to keep
 
 
 @pytest.fixture(scope="module")
-def lessons(tiny_llama: LoadedModel) -> Lessons:
-    return make_lessons(tiny_llama, num=24)
-
-
-@pytest.fixture(scope="module")
-def whitenings(tiny_llama: LoadedModel, lessons: Lessons):
-    clean = lessons.clean
-    factors = collect_factors(
-        tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0
-    )
-    return {path: whitening_of(found, damping=0.1) for path, found in factors.items()}
-
-
-@pytest.fixture(scope="module")
 def validation(tiny_llama: LoadedModel) -> Validation:
     return make_validation(tiny_llama)
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from repair.locate.curvature import whitening_of
-from repair.locate.fisher import collect_factors
 from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank import repairing
 from repair.lowrank.closed_form import StepReport
@@ -147,13 +146,9 @@ def test_inputs_and_lacks_are_those_of_each_prompt_alone(tiny_llama: LoadedModel
     assert count_hooks(tiny_llama.model) == 0
 
 
-def test_it_lowers_what_it_says_within_the_budget(tiny_llama: LoadedModel) -> None:
-    lessons: Lessons = make_lessons(tiny_llama, num=24)
-    clean = lessons.clean
-    factors = collect_factors(
-        tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0
-    )
-    whitenings = {path: whitening_of(found, damping=0.1) for path, found in factors.items()}
+def test_it_lowers_what_it_says_within_the_budget(
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings
+) -> None:
     ranks = some_ranks(tiny_llama)
     updates, last = solve_regression(tiny_llama, ranks, whitenings, lessons, kl_budget=0.5)
     before = measure_kl(tiny_llama, lessons.held_out_triggered)
@@ -168,14 +163,9 @@ def test_it_lowers_what_it_says_within_the_budget(tiny_llama: LoadedModel) -> No
 
 
 def test_it_stands_in_where_the_whitened_step_leaves_too_much(
-    tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lessons: Lessons = make_lessons(tiny_llama, num=24)
     ranks = some_ranks(tiny_llama)
-    modules = [ref for ref in tiny_llama.modules if ref.path in ranks]
-    clean = lessons.clean
-    factors = collect_factors(tiny_llama, modules, clean.prompts, clean.answers, seed=0)
-    whitenings = {path: whitening_of(found, damping=0.1) for path, found in factors.items()}
     plan = RepairPlan(
         modules=tuple(ranks), ranks=ranks, method="closed-form", kl_budget=0.5, seed=0
     )
