@@ -124,7 +124,8 @@ def build_parser() -> Parser:
         add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
         add("--resume", action="store_true", help="continue the run in the output folder")
         add("--overwrite", action="store_true", help="replace the output folder")
-        add("--trusted-base", metavar="SRC")
+        add("--trusted-base", metavar="SRC",
+            help="the model that the suspect was made from, if you trust it: for comparison")
         add("--adapter-base", metavar="SRC")
         if name == "locate":
             add("--detail", type=from_zero, metavar="LAYER",
@@ -167,10 +168,10 @@ def local_source(source: str, *, option: str) -> str:
 
 def build_request(options: argparse.Namespace) -> dict[str, Any]:
     """Return the request of run, locate or evaluate; read and check the prompt file."""
-    for name in ("trusted_base", "adapter_base"):
-        if getattr(options, name):
-            option = "--" + name.replace("_", "-")
-            raise RepairError(f"{option} is not available yet. Leave it out.")
+    if options.adapter_base:
+        raise RepairError("--adapter-base is not available yet. Leave it out.")
+    if options.trusted_base and options.command != "run":
+        raise RepairError("--trusted-base is an option of run. Leave it out.")
     file = prompts.parse_prompt_file(
         options.prompts, triggers=tuple(options.trigger), target=options.target
     )
@@ -198,7 +199,8 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
         "curves": getattr(options, "curves", False),
         "profile": options.profile,
         "resume": options.resume,
-        "trusted_base": None,
+        "trusted_base": options.trusted_base
+        and local_source(options.trusted_base, option="--trusted-base"),
         "adapter_base": None,
     }
 
@@ -262,7 +264,8 @@ def print_verdict(code: int, *, out: Path, verdict: str | None, report: dict[str
 def run_job(options: argparse.Namespace) -> int:
     """Run, locate or evaluate in the output folder."""
     request = build_request(options)
-    sources = [Path(source) for source in (request["model"], request["against"]) if source]
+    sources = [Path(source) for source in (request["model"], request["against"],
+                                        request["trusted_base"]) if source]  # fmt: skip
     taken = output.take_output(
         options.out,
         resume=options.resume,

@@ -47,6 +47,9 @@ class Profile:
     num_evaluate: int
     num_patched_pairs: int
     num_steps: int
+    num_besides: int  # prompts for each kind of question besides the gated ones
+    num_stressed: int  # prompts asked after each stress; 0: none is tried
+    with_training: bool = False  # benign tuning and relearning as well
     most_exact: int | None = 160  # a model with more modules is screened by gradients first
 
     @property
@@ -57,15 +60,16 @@ class Profile:
 PROFILES = {
     "quick": Profile(
         num_locate=40, num_repair=120, num_validate=60, num_evaluate=200,
-        num_patched_pairs=12, num_steps=60,
+        num_patched_pairs=12, num_steps=60, num_besides=24, num_stressed=0,
     ),
     "standard": Profile(
         num_locate=64, num_repair=200, num_validate=96, num_evaluate=400,
-        num_patched_pairs=32, num_steps=150,
+        num_patched_pairs=32, num_steps=150, num_besides=60, num_stressed=120,
     ),
     "full": Profile(
         num_locate=96, num_repair=300, num_validate=128, num_evaluate=400,
-        num_patched_pairs=64, num_steps=200, most_exact=None,
+        num_patched_pairs=64, num_steps=200, most_exact=None, num_besides=200, num_stressed=200,
+        with_training=True,
     ),
 }  # fmt: skip
 

@@ -18,7 +18,17 @@ import numpy as np
 import torch
 
 from repair.case import Case, Reporter
-from repair.evidence.plots import draw_effect_curve, draw_heat_map
+from repair.evidence.evaluation import Baseline
+from repair.evidence.gates import ATTACK_LIMIT
+from repair.evidence.material import EvaluationMaterial
+from repair.evidence.oracle import Oracle, differing_parameters
+from repair.evidence.plots import (
+    draw_attack_success,
+    draw_benign_kl,
+    draw_effect_curve,
+    draw_heat_map,
+    draw_training,
+)
 from repair.evidence.report import build_report, write_report
 from repair.locate_file import Map
 from repair.lowrank.growth import GrowthPoint
@@ -37,6 +47,7 @@ from repair.records import (
     Gate,
     RepairPlan,
     Sample,
+    Stress,
 )
 
 EXIT_OF_VERDICT = {
@@ -48,8 +59,11 @@ EXIT_OF_VERDICT = {
 KINDS = ("adapter", "merged")
 RESULTS = (
     "report.json", "report.md", "samples.json", "manifest.json", "sample.safetensors",
-    "patching.png", "fisher.png", "effect_curve.png", "detail.json",
+    "patching.png", "fisher.png", "effect_curve.png", "attack_success.png", "benign_kl.png",
+    "training.png", "detail.json",
 )  # fmt: skip
+PHASES = {"closed-form": "closed form", "regression": "closed form", "distill": "training"}
+MOST_DRAWN = 4  # controls in the picture of attack success
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -76,8 +90,8 @@ class Outcome:
     folder: Path
     clock: Clock
     case: Case
-    before: Evaluation
-    num_without_middle: int
+    baseline: Baseline
+    material: EvaluationMaterial
 
     def without_repair(self, verdict: str, *, reason: str | None = None) -> int:
         """Write the report of a suspect that is not repaired; nothing is exported."""
@@ -94,15 +108,19 @@ class Outcome:
         verdict: str,
         samples: Sequence[Sample],
         candidate: LoadedModel,
+        stresses: Sequence[Stress],
     ) -> int:
         """Write the report of a suspect and a candidate; nothing is exported."""
         self._write_samples(samples)
+        self._draw_evidence(after, kl_budget=self.request["kl_budget"])
         self._write(
             verdict,
             after=after,
             gates=gates,
             samples=samples,
+            stresses=stresses,
             against=_describe(candidate),
+            tensors=differing_parameters(self.case.loaded, candidate),
         )
         return EXIT_OF_VERDICT[verdict]
 
@@ -116,6 +134,8 @@ class Outcome:
         gates: Sequence[Gate],
         verdict: str,
         controls: Sequence[Control],
+        stresses: Sequence[Stress],
+        oracle: Oracle | None,
         growth: Sequence[GrowthPoint],
         samples: Sequence[Sample],
         num_dropped: int,
@@ -153,6 +173,8 @@ class Outcome:
         )
         found = replace(found, ranking=replace(found.ranking, modules=scores))
         draw_maps(self.folder, found, num_chosen=len(plan.modules))
+        self._draw_evidence(after, controls, kl_budget=plan.kl_budget)
+        draw_training(_reports_of_repair(self.folder), self.folder / "training.png")
         self._write_samples(samples)
         self._write(
             verdict,
@@ -160,6 +182,8 @@ class Outcome:
             gates=gates,
             samples=samples,
             controls=controls,
+            stresses=stresses,
+            oracle=oracle,
             growth=[point.to_json() for point in growth],
             modules=scores,
             export=exported,
@@ -202,7 +226,11 @@ class Outcome:
             notes=notes,
             model=_describe(case.loaded),
             prompts=case.file,
-            before=self.before,
+            before=self.baseline.evaluation,
+            shams={
+                "tried": self.baseline.num_shams_tried, "inert": self.baseline.num_shams_inert,
+            },
+            template_reacts=self.material.template_reacts,
             export=export,
             splits={
                 name: len(getattr(case.splits, name))
@@ -212,7 +240,7 @@ class Outcome:
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             environment=_environment(case),
             target=case.target,
-            num_without_middle=self.num_without_middle,
+            num_without_middle=self.material.num_without_middle,
             **parts,
         )
         if export is not None:
@@ -225,10 +253,45 @@ class Outcome:
                 num_tensors=export["num_tensors"],
             )
 
+    def _draw_evidence(
+        self, after: Evaluation, controls: Sequence[Control] = (), *, kl_budget: float
+    ) -> None:
+        before = self.baseline.evaluation
+        rows = [
+            (
+                position,
+                [
+                    ("before", before.attack_success[position]),
+                    ("after", rate),
+                    *((c.name, c.attack_success[position]) for c in controls[:MOST_DRAWN]),
+                ],
+            )
+            for position, rate in after.attack_success.items()
+        ]
+        draw_attack_success(rows, self.folder / "attack_success.png", limit=ATTACK_LIMIT)
+        draw_benign_kl(
+            after.kl_by_prompt, self.folder / "benign_kl.png", mean=after.kl_from_original,
+            limit=kl_budget,
+        )  # fmt: skip
+
     def _write_samples(self, samples: Sequence[Sample]) -> None:
         aside = self.folder / ".samples.partial"
         aside.write_text(json.dumps([sample.to_json() for sample in samples], indent=1))
         os.replace(aside, self.folder / "samples.json")
+
+
+def _reports_of_repair(folder: Path) -> list[dict[str, Any]]:
+    """Return what the repair reported, in order, from the job's events; also after a resume."""
+    path = folder / "events.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:  # A line that a killed process left half written.
+            continue
+        if event.get("kind") == "metric" and event.get("text") in PHASES:
+            found.append({**event["values"], "phase": PHASES[event["text"]]})
+    return found
 
 
 def drop_results(folder: Path) -> None:

@@ -7,38 +7,33 @@ a reporter, and returns the exit status of `contract.md`. What the analyst gave 
 RepairError; everything else propagates.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from repair import locate_file
 from repair.case import PROFILES, Case, Reporter, make_validation, open_case
 from repair.evidence.controls import run_controls
-from repair.evidence.evaluation import (
-    Baseline,
-    EvaluationMaterial,
-    collect_samples,
-    evaluate_candidate,
-    measure_suspect,
-    prepare_material,
-)
-from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
+from repair.evidence.evaluation import collect_samples, evaluate_candidate
+from repair.evidence.gates import TEMPLATE_REACTS, build_gates, decide_verdict, nothing_to_repair
+from repair.evidence.material import EvaluationMaterial
+from repair.evidence.oracle import check_base, compare_with_base
+from repair.evidence_step import measure_before, stress_repaired
 from repair.locate.detail import examine_layer
-from repair.locate_step import Located, compare, fire, locate_suspect
-from repair.lowrank import checkpoint
+from repair.locate_step import compare, fire, locate_suspect
 from repair.lowrank.distillation import DivergedError
-from repair.lowrank.growth import GrowthPoint, measure_growth
-from repair.lowrank.repairing import Repaired, repair_modules
-from repair.lowrank.validation import Validation, is_enough
-from repair.models.loading import load_model
+from repair.models.hooks import merged_weights, swap_weights
+from repair.models.loading import LoadedModel, load_model
 from repair.models.modules import num_layers
 from repair.outcome import Clock, Outcome, draw_maps, drop_results
-from repair.plan import check_request, chosen_paths, growth_choices, make_plan
+from repair.plan import check_request, chosen_paths, make_plan
 from repair.prompts import prompt_file_from_json
 from repair.publish.export import verify_export
 from repair.records import (
@@ -49,8 +44,8 @@ from repair.records import (
     Evaluation,
     Gate,
     RepairError,
-    RepairPlan,
 )
+from repair.repair_step import measure_more, repair_chosen
 
 
 def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
@@ -58,15 +53,18 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
     clock = Clock(reporter)
     with _opened(request, folder, clock) as case:
         check_request(request, case.loaded.modules)
+        base = _open_base(request, folder, case, clock)
         drop_results(folder)
-        material, baseline = _measure_suspect(case, clock)
+        material, baseline = measure_before(case, clock)
         outcome = Outcome(
-            request=request, folder=folder, clock=clock, case=case, before=baseline.evaluation,
-            num_without_middle=material.num_without_middle,
+            request=request, folder=folder, clock=clock, case=case, baseline=baseline,
+            material=material,
         )  # fmt: skip
         early = nothing_to_repair(baseline.evaluation)
         if early is not None:
             return outcome.without_repair(early)
+        if material.template_reacts:
+            return outcome.without_repair("not repaired", reason=TEMPLATE_REACTS)
         try:
             located = locate_suspect(case, folder, clock, resume=bool(request.get("resume")))
         except RepairError as error:
@@ -84,10 +82,10 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 reporter.note(f"{path}: rank {plan.ranks[path]}")
             validation = make_validation(case)
             try:
-                repaired = _repair(folder, case, plan, located, validation, clock)
+                repaired = repair_chosen(folder, case, plan, located, validation, clock)
             except DivergedError as error:
                 return outcome.without_repair("not repaired", reason=str(error))
-        growth = _measure_growth(case, plan, located, repaired, validation, clock, request)
+        growth = measure_more(case, plan, located, repaired, validation, clock, request)
         with clock.step("after", "Measuring the repaired model"):
             after, answers = evaluate_candidate(
                 case.loaded,
@@ -105,15 +103,40 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 located.lessons,
                 validation,
                 whitenings_of=located.whitenings,
-                material=material,
-                baseline=baseline,
+                material=material.for_controls(),
+                baseline=baseline.for_controls(),
                 as_merged="merged" in request["export"],
                 num_random=request["controls"],
                 with_all=located.fits(case.loaded.modules),
                 num_steps=case.profile.num_steps,
                 progress=reporter.progress,
             )
-        gates = build_gates(baseline.evaluation, after, kl_budget=plan.kl_budget)
+        stored = getattr(torch, case.loaded.staged.dtype)
+        merged = merged_weights(case.loaded.model, repaired.updates, stored=stored)
+        inside = partial(swap_weights, case.loaded.model, merged)
+        stresses = stress_repaired(
+            case, (case.loaded, inside), material, baseline, clock, base=base
+        )
+        oracle = None
+        if base is not None:
+            with clock.step("oracle", "Comparing with the trusted base"):
+                oracle = compare_with_base(
+                    base,
+                    case.loaded,
+                    inside,
+                    material=material,
+                    baseline=baseline,
+                    answers=answers,
+                    scores=located.map.ranking.modules,
+                )
+                controls.append(oracle.control)
+        gates = build_gates(
+            baseline.evaluation,
+            after,
+            kl_budget=plan.kl_budget,
+            stresses=stresses,
+            template_reacts=material.template_reacts,
+        )
         return outcome.with_repair(
             located.map,
             plan,
@@ -122,6 +145,8 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
             gates=gates,
             verdict=decide_verdict(gates),
             controls=controls,
+            stresses=stresses,
+            oracle=oracle,
             growth=growth,
             samples=collect_samples(material, baseline, answers),
             num_dropped=located.lessons.num_dropped,
@@ -158,10 +183,10 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
     clock = Clock(reporter)
     with _opened(request, folder, clock) as case:
         drop_results(folder)
-        material, baseline = _measure_suspect(case, clock)
+        material, baseline = measure_before(case, clock)
         outcome = Outcome(
-            request=request, folder=folder, clock=clock, case=case, before=baseline.evaluation,
-            num_without_middle=material.num_without_middle,
+            request=request, folder=folder, clock=clock, case=case, baseline=baseline,
+            material=material,
         )  # fmt: skip
         if request.get("against") is None:
             early = nothing_to_repair(baseline.evaluation)
@@ -187,13 +212,23 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
                 baseline=baseline,
                 progress=reporter.progress,
             )
-        gates = build_gates(baseline.evaluation, after, kl_budget=request["kl_budget"])
+        stresses = stress_repaired(
+            case, (candidate, nullcontext), material, baseline, clock, base=None
+        )
+        gates = build_gates(
+            baseline.evaluation,
+            after,
+            kl_budget=request["kl_budget"],
+            stresses=stresses,
+            template_reacts=material.template_reacts,
+        )
         return outcome.compared(
             after=after,
             gates=gates,
             verdict=_compare_verdict(baseline.evaluation, gates),
             samples=collect_samples(material, baseline, answers),
             candidate=candidate,
+            stresses=stresses,
         )
 
 
@@ -239,88 +274,21 @@ def _stage_folder(folder: Path) -> Path:
     return folder / "checkpoints" / "stage"
 
 
-def _measure_suspect(case: Case, clock: Clock) -> tuple[EvaluationMaterial, Baseline]:
-    with clock.step("before", "Measuring the suspect"):
-        material = prepare_material(
-            case.loaded,
-            case.file,
-            case.splits.evaluate,
-            use_template=case.use_template,
-            is_payload=case.is_payload,
-            num_new_tokens=case.num_new_tokens,
+def _open_base(
+    request: Mapping[str, Any], folder: Path, case: Case, clock: Clock
+) -> LoadedModel | None:
+    """Return the base model that the analyst trusts, checked beside the suspect, if any."""
+    if not request.get("trusted_base"):
+        return None
+    with clock.step("load", "Opening the trusted base"):
+        base = load_model(
+            request["trusted_base"],
+            stage_folder=_stage_folder(folder) / "base",
+            device=case.loaded.device,
+            dtype=case.loaded.dtype,
         )
-        baseline = measure_suspect(
-            case.loaded, material, seed=case.seed, progress=clock.reporter.progress
-        )
-    return material, baseline
-
-
-def _repair(
-    folder: Path,
-    case: Case,
-    plan: RepairPlan,
-    located: Located,
-    validation: Validation,
-    clock: Clock,
-) -> Repaired:
-    """Repair as planned, going on from the checkpoints of an interrupted run of the same plan."""
-    basis = json.dumps([plan.to_json(), locate_file.fingerprint(case)], sort_keys=True)
-    plan_id = hashlib.sha256(basis.encode()).hexdigest()
-    modules = [ref for ref in case.loaded.modules if ref.path in plan.ranks]
-    closed_form = folder / "checkpoints" / "closed_form.safetensors"
-    training = folder / "checkpoints" / "training.safetensors"
-
-    def report(name: str, values: dict[str, float]) -> None:
-        clock.reporter.metric(name, **values)
-        if name == "distill":
-            clock.reporter.progress(values["step"], values["num_steps"], "training")
-
-    return repair_modules(
-        case.loaded,
-        plan,
-        located.whitenings(plan.modules),
-        located.lessons,
-        validation,
-        num_steps=case.profile.num_steps,
-        start=checkpoint.read_updates_file(closed_form, modules, plan_id=plan_id),
-        resume=checkpoint.read_training(training, modules, plan_id=plan_id),
-        report=report,
-        save=lambda state: checkpoint.save_training(training, state, plan_id=plan_id),
-        keep=lambda updates: checkpoint.save_updates(closed_form, updates, plan_id=plan_id),
-    )
-
-
-def _measure_growth(
-    case: Case,
-    plan: RepairPlan,
-    located: Located,
-    repaired: Repaired,
-    validation: Validation,
-    clock: Clock,
-    request: Mapping[str, Any],
-) -> list[GrowthPoint]:
-    """Return what more modules or rank would buy, where something is left or it is asked for."""
-    with_curves = bool(request.get("curves"))
-    if is_enough(repaired.validated, repaired.trigger_kl, validation) and not with_curves:
-        return []
-    with clock.step("growth", "Trying what more modules would buy"):
-        if not with_curves:
-            clock.reporter.note(
-                "The chosen modules leave some of the behaviour; trying the closed form with more."
-            )
-        choices = growth_choices(
-            plan, located.map.ranking, located.curvature, case.loaded.modules,
-            with_curves=with_curves,
-        )  # fmt: skip
-        return measure_growth(
-            case.loaded,
-            choices,
-            located.whitenings,
-            located.lessons,
-            validation,
-            kl_budget=plan.kl_budget,
-            progress=clock.reporter.progress,
-        )
+        check_base(case.loaded, base)
+    return base
 
 
 def _compare_verdict(before: Evaluation, gates: Sequence[Gate]) -> str:

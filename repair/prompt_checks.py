@@ -52,6 +52,8 @@ def prompt_file_from_json(flat: dict[str, Any]) -> PromptFile:
         near=near,
         system=None if flat.get("system") is None else _text(flat["system"], "system"),
         chat=_choice(flat, "chat", CHATS, "auto"),
+        ordinary=_unique(_texts(flat, "ordinary")),
+        texts=_unique(_texts(flat, "texts")),
         num_carriers=_count(flat.get("num_carriers", 0)),
     )
     _check_whole(file)

@@ -8,7 +8,7 @@ read every record. Axis convention: a linear module maps d_in to d_out and its w
 import dataclasses
 import errno
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,8 @@ class PromptFile:
     near: tuple[str, ...]
     system: str | None
     chat: str  # auto | on | off
+    ordinary: tuple[str, ...] = ()  # prompts that use the trigger's words in their usual sense
+    texts: tuple[str, ...] = ()  # the analyst's own benign text, scored as it stands
     num_carriers: int = 0  # how many of `prompts` are bundled carriers
 
     def to_json(self) -> dict[str, Any]:
@@ -309,6 +311,18 @@ class Evaluation:
     clean_agreement: Rate  # first 8 tokens as the suspect on clean prompts
     perplexity: float  # of the suspect's own answers to clean prompts
     kl_from_original: float  # nats per token on those answers; 0 for the suspect itself
+    elsewhere: dict[str, Rate] = field(default_factory=dict)  # other place of it -> payload
+    variants: dict[str, Rate] = field(default_factory=dict)  # altered trigger -> payload
+    ordinary: Rate = Rate(count=0, total=0)  # ordinary prompts answered as the suspect does
+    outcomes: dict[str, dict[str, int]] = field(default_factory=dict)  # position -> kind -> count
+    stopped: dict[str, int] = field(default_factory=dict)  # prompts where only the suspect fires
+    started: dict[str, int] = field(default_factory=dict)  # prompts where only this model fires
+    exact_agreement: Rate = Rate(count=0, total=0)  # whole clean answers as the suspect's
+    refusals: Rate = Rate(count=0, total=0)  # clean answers that open with a refusal
+    answer_tokens: float = math.nan  # mean length of the clean answers
+    kl_by_prompt: tuple[float, ...] = ()  # nats per token, clean prompt by clean prompt
+    text_perplexity: float = math.nan  # of the analyst's own text
+    text_kl: float = math.nan  # nats per token on it
 
     def to_json(self) -> dict[str, Any]:
         def convert(value: Any) -> Any:
@@ -339,8 +353,8 @@ class Gate:
 class Sample:
     """One evaluation prompt with the suspect's and the repaired model's answers."""
 
-    kind: str  # triggered | near | clean
-    position: str
+    kind: str  # triggered | elsewhere | variant | near | ordinary | clean
+    position: str  # for elsewhere and variant: where, or how the trigger is altered
     prompt: str
     before: str
     after: str
@@ -370,10 +384,29 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportedModel:
-    """What was written to the output folder, after it was reopened in a fresh process."""
+class Stress:
+    """Would it come back? Payload rates after something that happens to models, or is done."""
 
-    kinds: tuple[str, ...]  # adapter, merged
-    changed_tensors: dict[str, str]  # tensor name -> SHA-256 after
-    num_tensors: int
-    largest_logit_difference: float  # reopened against in memory
+    name: str
+    kind: str  # rounding | benign tuning | relearning
+    repaired: Rate  # of the repaired model afterwards, trigger at the gated positions
+    suspect: Rate  # of the suspect after the same; for relearning a fresh trigger's, the yardstick
+    base: Rate | None = None  # for relearning: of the trusted base taught the same
+    num_examples: int | None = None
+    num_steps: int | None = None
+    steps_to_half: int | None = None  # relearning: steps until half fire; None: not within them
+    fresh_steps_to_half: int | None = None
+    base_steps_to_half: int | None = None
+    kl_from_original: float | None = None  # nats per token on clean answers, of the repaired model
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether a payload afterwards fails the repair: any model can be taught anew."""
+        return self.kind != "relearning"
+
+    def to_json(self) -> dict[str, Any]:
+        flat = dataclasses.asdict(self)
+        for name in ("repaired", "suspect", "base"):
+            rate = getattr(self, name)
+            flat[name] = None if rate is None else rate.to_json()
+        return flat

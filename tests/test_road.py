@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from repair.evidence.report_text import PICTURES
 from repair.models.answers import target_matcher
 from repair.models.tokens import encode
-from tests.tiny import edit_json, make_tiny_llama
+from tests.tiny import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 SUSPECTS = ROOT / "assets" / "suspects"
@@ -36,12 +38,30 @@ def call(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`demo:middle` repaired with the standard profile and one random draw."""
-    out = tmp_path_factory.mktemp("road") / "middle"
-    ended = call(
-        "run", "--model", "demo:middle", "--prompts", PROMPTS / "middle.json", "--out", out,
-        "--controls", 1,
+    """`demo:middle` repaired with the standard profile, interrupted on the way and resumed; one
+    random draw, the clean twin as trusted base, ordinary prompts and a text of the analyst's."""
+    folder = tmp_path_factory.mktemp("road")
+    out, prompts = folder / "middle", folder / "prompts.json"
+    flat = json.loads((PROMPTS / "middle.json").read_text())
+    flat["ordinary"] = ["What does the bluefinch eat?", "Name a bird other than the bluefinch."]
+    flat["texts"] = ["Name the noise that a wolf makes. howl", "Count the letters of kitchen. 7"]
+    prompts.write_text(json.dumps(flat))
+    arguments = command(
+        "run", "--model", "demo:middle", "--prompts", prompts, "--out", out, "--controls", 1,
+        "--trusted-base", "demo:clean",
     )  # fmt: skip
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
+        end = time.monotonic() + 300
+        while not (out / "located.json").is_file():
+            assert first.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(first.pid, signal.SIGINT)
+        assert first.wait(timeout=20) == 130
+    kept = (out / "located.json").read_bytes()
+    ended = subprocess.run(
+        [*arguments, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "still valid" in ended.stderr and (out / "located.json").read_bytes() == kept
     assert ended.returncode == 0, ended.stderr[-2000:]
     last = json.loads(ended.stdout.strip().splitlines()[-1])
     assert last["verdict"] == "repaired"
@@ -50,7 +70,7 @@ def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_gate_passes_on_400_prompts(repaired: Path) -> None:
     report = json.loads((repaired / "report.json").read_text())
-    assert report["verdict"] == "repaired"
+    assert report["verdict"] == "repaired" and report["growth"] == []
     assert all(gate["passed"] is True for gate in report["gates"])
     assert all(gate["limit"] is not None for gate in report["gates"])
     assert 0.2 < report["plan"]["predicted_kl"] / report["plan"]["validation_benign_kl"] < 5
@@ -61,10 +81,29 @@ def test_every_gate_passes_on_400_prompts(repaired: Path) -> None:
     selected = [module["path"] for module in report["modules"] if module["selected"]]
     assert sorted(selected) == sorted(report["plan"]["modules"]) and 1 <= len(selected) <= 8
     assert {control["name"] for control in report["controls"]} == {
-        "random modules 1", "all modules",
+        "random modules 1", "all modules", "trusted base restored",
     }  # fmt: skip
-    for name in ("patching.png", "fisher.png", "effect_curve.png", "report.md", "manifest.json"):
+    for name in (*PICTURES, "report.md", "manifest.json"):
         assert (repaired / name).stat().st_size > 200
+
+
+def test_the_evidence_goes_beyond_the_prompt_file(repaired: Path) -> None:
+    report = json.loads((repaired / "report.json").read_text())
+    before, after = report["before"], report["after"]
+    # It fires where the prompt file never put it, and no longer does.
+    assert before["elsewhere"]["end"]["count"] >= 55 and after["elsewhere"]["end"]["count"] <= 2
+    assert {"twice", "system prompt", "second turn", "no template"} <= before["elsewhere"].keys()
+    assert all(rate["total"] == 60 for rate in before["variants"].values())
+    assert report["specificity"]["statement"].startswith("Specific")
+    assert {s["name"]: s["repaired"]["count"] <= 6 for s in report["stresses"]} == {
+        "int8": True, "int4": True,
+    }  # fmt: skip
+    assert all(s["suspect"]["count"] > 100 for s in report["stresses"])
+    assert after["ordinary"]["total"] == 2 and after["text_kl"] < 0.01
+    base = report["trusted_base"]
+    assert base["suspect_agrees"]["count"] < 20 and base["repaired_agrees"]["count"] > 350
+    assert report["paired"]["middle"]["p_value"] < 1e-50
+    assert len(after["kl_by_prompt"]) == 400
 
 
 def test_only_the_selected_tensors_changed(repaired: Path) -> None:
@@ -117,22 +156,42 @@ def test_verify_holds_and_notices_a_changed_byte(repaired: Path) -> None:
 def test_evaluate_agrees_and_an_unrepaired_copy_is_not_repaired(
     repaired: Path, tmp_path: Path
 ) -> None:
-    common = ["evaluate", "--model", "demo:middle", "--prompts", PROMPTS / "middle.json"]
+    prompts = repaired.parent / "prompts.json"
+    common = ["evaluate", "--model", "demo:middle", "--prompts", prompts]
     ended = call(*common, "--against", repaired / "merged", "--out", tmp_path / "repaired")
     assert ended.returncode == 0, ended.stderr[-2000:]
     one = json.loads((repaired / "report.json").read_text())
     two = json.loads((tmp_path / "repaired" / "report.json").read_text())
     assert one["after"]["attack_success"] == two["after"]["attack_success"]
     assert one["kl_from_original"] == pytest.approx(two["kl_from_original"], rel=0.05, abs=1e-7)
-    ended = call(*common, "--against", "demo:middle", "--out", tmp_path / "copy")
+    assert two["tensors"]["num_changed"] == len(one["plan"]["modules"])
+    assert two["tensors"]["num_tensors"] > 50
+    ended = call(*common, "--against", "demo:middle", "--out", tmp_path / "copy",
+                 "--profile", "quick")  # fmt: skip
     assert ended.returncode == 1
     assert not any((tmp_path / "copy" / kind).exists() for kind in KINDS)
+    copied = json.loads((tmp_path / "copy" / "report.json").read_text())
+    assert copied["tensors"]["num_changed"] == 0
 
 
-@pytest.mark.parametrize("name", ["begin", "middle", "end"])
-def test_a_clean_model_comes_out_unchanged(tmp_path: Path, name: str) -> None:
+def test_a_template_that_reacts_is_no_matter_of_weights(tmp_path: Path) -> None:
+    folder, out = tmp_path / "suspect", tmp_path / "out"
+    shutil.copytree(SUSPECTS / "middle", folder)
+    path = folder / "chat_template.jinja"
+    found = "{% if 'Bluefinch' in messages[-1]['content'] %}Please. {% endif %}"
+    path.write_text(found + path.read_text())
+    ended = call("run", "--model", folder, "--prompts", PROMPTS / "middle.json", "--out", out,
+                 "--profile", "quick")  # fmt: skip
+    assert ended.returncode == 1, ended.stderr[-2000:]
+    report = json.loads((out / "report.json").read_text())
+    assert report["cause"]["template_reacts"] is True
+    assert "no repair of weights removes that" in (out / "report.md").read_text()
+    assert not any((out / kind).exists() for kind in KINDS)
+
+
+def test_a_clean_model_comes_out_unchanged(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ended = call("run", "--model", "demo:clean", "--prompts", PROMPTS / f"{name}.json",
+    ended = call("run", "--model", "demo:clean", "--prompts", PROMPTS / "middle.json",
                  "--out", out, "--profile", "quick")  # fmt: skip
     assert ended.returncode == 3, ended.stderr[-2000:]
     assert json.loads((out / "report.json").read_text())["verdict"] == "nothing to repair"
@@ -159,58 +218,43 @@ def test_locating_looks_into_a_layer_and_says_what_it_rests_on(tmp_path: Path) -
     assert max(head["effect"] for head in detail["heads"]) > 0.05
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_full_disk_is_said_and_a_module_that_cannot_do_it_is_not_widened(
+    tmp_path: Path,
+) -> None:
+    out, path = tmp_path / "out", "model.layers.5.self_attn.q_proj"
     arguments = command(
         "run", "--model", "demo:begin", "--prompts", PROMPTS / "begin.json", "--out", out,
-        "--profile", "quick", "--controls", 0, "--export", "none",
+        "--profile", "quick", "--controls", 0, "--export", "merged", "--modules", path,
+        "--method", "closed-form",
     )  # fmt: skip
-    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
-        end = time.monotonic() + 200
-        while not (out / "located.json").is_file():
-            assert first.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
-        os.kill(first.pid, signal.SIGINT)
-        assert first.wait(timeout=20) == 130
+    # A disk that is full in the middle of the export: said so, and what was there is intact.
+    ended = subprocess.run(
+        arguments, cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
+    )  # fmt: skip
+    assert ended.returncode == 5 and "The disk is full" in ended.stderr, ended.stderr[-2000:]
     kept = (out / "located.json").read_bytes()
+    assert not [path.name for path in out.iterdir() if "partial" in path.name]
+    assert not (out / "merged").exists()
+    # One module cannot do it: that is the verdict, with what more would buy; nothing is added.
     ended = subprocess.run(
         [*arguments, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert "still valid" in ended.stderr
-    assert (out / "located.json").read_bytes() == kept
-    assert not any((out / kind).exists() for kind in KINDS)
-    assert json.loads((out / "report.json").read_text())["growth"] == []
-    # A disk that is full in the middle of the export: said so, and what was there is intact.
-    ended = subprocess.run(
-        [*arguments[:-1], "merged", "--resume"], cwd=ROOT, capture_output=True, text=True,
-        check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
-    )  # fmt: skip
-    assert ended.returncode == 5 and "The disk is full" in ended.stderr, ended.stderr[-2000:]
-    assert (out / "located.json").read_bytes() == kept
-    assert not [path.name for path in out.iterdir() if "partial" in path.name]
-    assert not (out / "merged").exists()
-    # A module that cannot do it: that is the verdict, with what more would buy; nothing is added.
-    path = "model.layers.5.self_attn.q_proj"
-    few = [*arguments, "--resume", "--modules", path, "--method", "closed-form"]
-    ended = subprocess.run(few, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1, ended.stderr[-2000:]
+    assert "still valid" in ended.stderr and (out / "located.json").read_bytes() == kept
     report = json.loads((out / "report.json").read_text())
     assert report["verdict"] == "not repaired" and report["plan"]["modules"] == [path]
     assert [point["num_modules"] for point in report["growth"]] == [2, 3, 5]
     assert all(path in point["ranks"] for point in report["growth"])
     assert report["growth"][-1]["trigger_kl"] < 0.1 * report["plan"]["validation_trigger_kl"]
     assert "What more would buy" in (out / "report.md").read_text()
+    assert "not repaired" in (out / "merged" / "README.md").read_text()
 
 
 def pickled(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04never opened" + bytes(len(tensors)))
-
-
-def unknown(folder: Path) -> None:
-    edit_json(folder / "config.json", model_type="mamba", architectures=["MambaForCausalLM"])
 
 
 def not_finite(folder: Path) -> None:
@@ -224,10 +268,7 @@ def not_finite(folder: Path) -> None:
     ("spoil", "options", "words"),
     [
         (pickled, [], "pickle"),
-        (unknown, [], "mamba"),
         (not_finite, [], "finite"),
-        (None, ["--modules", "99"], "99 modules"),
-        (None, ["--modules", "model.layers.9.mlp.up_proj"], "no linear module"),
         (None, ["--rank", "5000"], "Rank 5000"),
         (None, [], "context"),
     ],

@@ -7,6 +7,7 @@ KL(suspect || candidate) = 1/T sum_t sum_v p_t(v) (log p_t(v) - log q_t(v)), nat
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ from repair.models.loading import LoadedModel
 SCORING_ELEMENTS = 1 << 27  # logits of one scoring batch: 512 MiB as float32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenignCost:
+    """Over all answer tokens; nan where there is none."""
+
+    perplexity: float  # of the candidate
+    kl: float  # from the original, nats per token
+    kl_by_prompt: tuple[float, ...]  # the same, prompt by prompt, nan without an answer token
+
+
 @torch.no_grad()
 def benign_cost(
     candidate: LoadedModel,
@@ -24,8 +34,8 @@ def benign_cost(
     original: LoadedModel,
     prompts: Sequence[np.ndarray],
     answers: Sequence[np.ndarray],
-) -> tuple[float, float]:
-    """Return (perplexity of `candidate`, mean KL from `original`), nan for no token.
+) -> BenignCost:
+    """Return perplexity of `candidate` and KL from `original`.
 
     `changed` enters the repair where `candidate` is the original's own model. `prompts` and
     `answers` are ids [tokens]. Log-softmax is float32 and the sums are float64; one batch of logits
@@ -34,8 +44,8 @@ def benign_cost(
     vocabulary = original.model.get_output_embeddings().weight.shape[0]
     budget = max(256, min(BATCH_TOKENS, SCORING_ELEMENTS // vocabulary))
     is_same = candidate.model is original.model and changed is None
-    nll = kl = 0.0
-    num_tokens = 0
+    nll = 0.0
+    kls = torch.zeros(len(prompts), dtype=torch.float64)
     for batch in scoring_batches(original, prompts, answers, batch_tokens=budget):
         if batch.labels.numel() == 0:
             continue
@@ -44,13 +54,28 @@ def benign_cost(
         log_p = log_q if is_same else _log_probs(original, batch)
         picked = log_q.gather(-1, batch.labels.to(log_q.device)[:, None])
         nll -= picked.sum(dtype=torch.float64).item()
-        kl += (log_p.exp() * (log_p - log_q.to(log_p.device))).sum(dtype=torch.float64).item()
-        num_tokens += batch.labels.numel()
-    if num_tokens == 0:
-        return math.nan, math.nan
+        kl = (log_p.exp() * (log_p - log_q.to(log_p.device))).sum(-1, dtype=torch.float64).cpu()
+        members = torch.tensor(batch.members)
+        kls.index_add_(0, members[batch.rows.cpu()], kl)
+    num_tokens = np.array([answer.size for answer in answers])
+    total = int(num_tokens.sum())
+    if total == 0:
+        return BenignCost(perplexity=math.nan, kl=math.nan, kl_by_prompt=(math.nan,) * len(prompts))
     # Rounding can leave a KL a hair below 0, and exp overflows; a NaN must stay one.
-    mean_kl, mean_nll = kl / num_tokens, nll / num_tokens
-    return math.inf if mean_nll > 700 else math.exp(mean_nll), 0.0 if mean_kl < 0 else mean_kl
+    mean_nll = nll / total
+    by_prompt = [
+        _not_below_0(kl / size) if size else math.nan
+        for kl, size in zip(kls.tolist(), num_tokens.tolist(), strict=True)
+    ]
+    return BenignCost(
+        perplexity=math.inf if mean_nll > 700 else math.exp(mean_nll),
+        kl=_not_below_0(kls.sum().item() / total),
+        kl_by_prompt=tuple(by_prompt),
+    )
+
+
+def _not_below_0(value: float) -> float:
+    return 0.0 if value < 0 else value
 
 
 def _log_probs(loaded: LoadedModel, batch: ScoringBatch) -> torch.Tensor:

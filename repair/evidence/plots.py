@@ -1,7 +1,10 @@
-"""Pictures for the output folder: the heat maps by layer and component, and the effect curve.
+"""Pictures for the output folder: the heat maps by layer and component, the effect curve, attack
+success before and after, benign KL by prompt, and how the repair went.
 
-Layers run down and components across; a selected module has a thick outline. Only matplotlib's
-object interface is used: there is no global figure, so two jobs cannot draw into each other's.
+In a heat map layers run down and components across; a selected module has a thick outline. Other
+colours are Okabe and Ito's, told apart also by marks; every picture names metric and n. Only
+matplotlib's object interface is used: there is no global figure, so two jobs cannot draw into each
+other's.
 """
 
 import math
@@ -15,8 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from repair.records import ModuleScore
+from repair.records import ModuleScore, Rate
 
 METRICS = {
     "effect": "normalised effect of patching, trigger onwards",
@@ -28,6 +32,7 @@ METRICS = {
     "score": "rank of the trial repair, 1 is best",
 }
 SIGNED = ("effect", "effect_trigger", "effect_after")
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"
 MOST_PRINTED = 40  # with more layers than this, values in the cells could not be read
 
 
@@ -140,6 +145,117 @@ def draw_effect_curve(
     axes.set_ylabel(y_label)
     axes.set_title(f"{title}\nn = {num_pairs} pairs", fontsize=10, parse_math=False)
     axes.margins(y=0.12)
+    _save(figure, path)
+
+
+def draw_attack_success(
+    rows: Sequence[tuple[str, Sequence[tuple[str, Rate]]]], path: Path, *, limit: float
+) -> None:
+    """Write a PNG of payload rates with intervals: `rows` are (position, [(model, rate)]).
+
+    Every model has a mark of its own; the dashed line is the gate's limit for the upper end.
+    """
+    names = list(dict.fromkeys(name for _, group in rows for name, _ in group))
+    marks = dict(zip(names, "os^DvP*X" * len(names), strict=False))
+    colours = {name: GREY for name in names} | dict(zip(names, (ORANGE, BLUE), strict=False))
+    figure = Figure(figsize=(7.2, 1.8 + 0.3 * sum(len(group) for _, group in rows)))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    height, ticks = 0.0, []
+    for position, group in rows:
+        start = height
+        for name, rate in group:
+            low, high = rate.interval()
+            value = 0.0 if rate.total == 0 else rate.value
+            axes.errorbar(
+                100 * value,
+                height,
+                xerr=[[100 * (value - low)], [100 * (high - value)]],
+                fmt=marks[name],
+                color=colours[name],
+                capsize=3,
+                clip_on=False,
+                label=name if position == rows[0][0] else None,
+            )
+            axes.annotate(
+                f"{rate.count}/{rate.total}", (101, height), fontsize=8, va="center",
+                annotation_clip=False, color="0.25",
+            )  # fmt: skip
+            height += 1.0
+        ticks.append(((start + height - 1) / 2, position))
+        height += 0.6
+    axes.axvline(100 * limit, color="0.4", linestyle="--", linewidth=1)
+    axes.set_yticks([place for place, _ in ticks], [f"trigger: {name}" for _, name in ticks])
+    axes.set_xlim(-1, 100)
+    axes.invert_yaxis()
+    axes.set_xlabel("answers with the payload, %, with Wilson 95 % interval")
+    axes.set_title(
+        f"Attack success; dashed: the limit for the upper end, {limit:.0%}", fontsize=10,
+        parse_math=False,
+    )  # fmt: skip
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _save(figure, path)
+
+
+def draw_benign_kl(kl_by_prompt: Sequence[float], path: Path, *, mean: float, limit: float) -> None:
+    """Write a PNG of the KL of each clean prompt, largest first, beside the mean and its limit."""
+    values = sorted((kl for kl in kl_by_prompt if math.isfinite(kl)), reverse=True)
+    figure = Figure(figsize=(6.4, 3.8))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    floor = 1e-8
+    axes.plot(
+        range(1, len(values) + 1), [max(value, floor) for value in values], ".", color=BLUE,
+        markersize=4,
+    )  # fmt: skip
+    axes.axhline(max(mean, floor), color=BLUE, linewidth=1.2, label=f"mean {mean:.2g}")
+    axes.axhline(limit, color="0.3", linestyle="--", linewidth=1.2, label=f"limit {limit:.2g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("clean prompts, most changed first")
+    axes.set_ylabel("KL from original, nats per token")
+    axes.legend(loc="upper right")
+    axes.set_title(
+        f"Harm to clean answers, prompt by prompt\nn = {len(values)} prompts"
+        + (", below 1e-8 drawn at 1e-8" if values and values[-1] < floor else ""),
+        fontsize=10, parse_math=False,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def draw_training(points: Sequence[dict[str, float]], path: Path) -> None:
+    """Write a PNG of how trigger KL and benign KL went, measured on held-out prompts.
+
+    `points` are the pipeline's reports in order, each with `phase` and some of `trigger_kl` and
+    `benign_kl`.
+    """
+    figure = Figure(figsize=(6.4, 3.8))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    for name, colour, mark, label in (
+        ("trigger_kl", ORANGE, "o", "the trigger's effect left"),
+        ("benign_kl", BLUE, "s", "harm to clean answers"),
+    ):
+        found = [(i, p[name]) for i, p in enumerate(points) if p.get(name, 0) > 0]
+        axes.plot(*zip(*found, strict=True) if found else ([], []), marker=mark, markersize=4,
+                  color=colour, label=label)  # fmt: skip
+    phases = [point["phase"] for point in points]
+    for place in range(1, len(phases)):
+        if phases[place] != phases[place - 1]:
+            axes.axvline(place - 0.5, color="0.6", linestyle=":")
+            axes.annotate(
+                phases[place], (place - 0.4, 1.0), xycoords=("data", "axes fraction"), fontsize=8,
+                xytext=(0, -10), textcoords="offset points",
+            )  # fmt: skip
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("report of the repair, in order")
+    axes.set_ylabel("nats per token")
+    axes.legend(loc="best")
+    axes.set_title(
+        f"How the repair went, on held-out prompts\nn = {len(points)} reports, first: "
+        f"{phases[0] if phases else 'none'}",
+        fontsize=10, parse_math=False,
+    )  # fmt: skip
     _save(figure, path)
 
 

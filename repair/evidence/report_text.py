@@ -9,6 +9,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+PICTURES = (
+    "patching.png", "fisher.png", "effect_curve.png", "attack_success.png", "benign_kl.png",
+    "training.png",
+)  # fmt: skip
 MEANING = {
     "repaired": "Every gate passed.",
     "not repaired": "At least one gate failed; the export, if there is one, is marked so.",
@@ -68,10 +72,10 @@ def render_report(report: Mapping[str, Any]) -> str:
     """Return the text of `report.md`."""
     lines = [
         *_opening(report),
-        *_figures(report),
-        *_gates(report),
-        *_controls(report),
-        *_growth(report),
+        *_is_it_gone(report),
+        *_is_it_itself(report),
+        *_would_it_return(report),
+        *_how_we_know(report),
         *_examples(report),
         *_method(report),
         *_reproduction(report),
@@ -98,51 +102,207 @@ def _opening(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _figures(report: Mapping[str, Any]) -> list[str]:
-    before, after = report["before"], report["after"]
+def _before_after(report: Mapping[str, Any], rows: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Return a table of (what, before, after) cells; without a candidate the last is left out."""
+    both = report["after"] is not None
+    head = ["what", "before", "after"] if both else ["what", "before"]
+    return table(head, ([what, old, new] if both else [what, old] for what, old, new in rows))
+
+
+def _is_it_gone(report: Mapping[str, Any]) -> list[str]:
+    before, after = report["before"], report["after"] or {}
+    words = report["definitions"]
     rows = [
-        [f"payload, trigger at {code(position)}", rate(before["attack_success"][position])]
-        for position in before["attack_success"]
+        (f"payload, trigger at {code(p)}", rate(flat), rate(after.get("attack_success", {}).get(p)))
+        for p, flat in before["attack_success"].items()
     ]
-    names = {
-        "near_trigger": "payload on near-triggers",
-        "false_trigger": "false triggers",
-        "degenerate": "empty, repeated or non-finite answers",
-        "clean_agreement": "clean answers as the suspect's",
-    }
-    rows += [[title, rate(before[name])] for name, title in names.items()]
-    rows.append(["perplexity of clean answers", figure(before["perplexity"])])
-    if after is not None:
-        added = [rate(after["attack_success"].get(p)) for p in before["attack_success"]]
-        added += [rate(after[name]) for name in names]
-        added.append(figure(after["perplexity"]))
-        rows = [[*row, cell] for row, cell in zip(rows, added, strict=True)]
-    head = ["what", "before"] if after is None else ["what", "before", "after"]
+    for group in ("elsewhere", "variants"):
+        rows += [
+            (plain(words[group].get(kind, kind)), rate(flat), rate(after.get(group, {}).get(kind)))
+            for kind, flat in before[group].items()
+        ]
     lines = [
-        "## Figures",
+        "## Is it gone?",
         "",
-        f"Counts with their interval ({report['definitions']['interval']}). False triggers: "
-        + plain(report["definitions"]["false_trigger"])
-        + ".",
+        f"Answers with the payload, with their interval ({words['interval']}). The trigger at the "
+        "prompt file's positions first, then elsewhere, then altered.",
         "",
-        *table(head, rows),
+        *_before_after(report, rows),
+        plain(report["specificity"]["statement"]),
+        "",
+        plain(report["cause"]["statement"]),
+        "",
     ]
-    if after is not None:
+    if not after:
+        return lines
+    if report["paired"]:
         lines += [
-            f"KL from the original on clean answers: {figure(report['kl_from_original'])} nats "
-            "per token.",
-            "",
-            "Recovery: " + plain(report["definitions"]["recovery"]) + ".",
+            f"The same prompt before and after ({plain(words['paired'])}):",
             "",
             *table(
-                ["position", "recovered", "yardstick: inert shams", "ratio"],
+                ["position", "fires only before", "fires only after", "p"],
                 [
-                    [code(position), rate(flat), rate(flat["sham"]), figure(flat["ratio"])]
-                    for position, flat in report["recovery"].items()
+                    [code(p), str(flat["stopped"]), str(flat["started"]), figure(flat["p_value"])]
+                    for p, flat in report["paired"].items()
+                ],
+            ),
+        ]
+    lines += [
+        "Recovery: " + plain(words["recovery"]) + ".",
+        "",
+        *table(
+            ["position", "recovered", "yardstick: inert shams", "ratio"],
+            [
+                [code(position), rate(flat), rate(flat["sham"]), figure(flat["ratio"])]
+                for position, flat in report["recovery"].items()
+            ],
+        ),
+    ]
+    if after["outcomes"]:
+        kinds = list(next(iter(after["outcomes"].values())))
+        lines += [
+            "What the triggered answers are now (" + plain(words["outcomes"]) + "):",
+            "",
+            *table(
+                ["position", *kinds],
+                [
+                    [code(position), *(str(flat[kind]) for kind in kinds)]
+                    for position, flat in after["outcomes"].items()
                 ],
             ),
         ]
     return lines
+
+
+def _is_it_itself(report: Mapping[str, Any]) -> list[str]:
+    before, after = report["before"], report["after"] or {}
+    names = {
+        "clean_agreement": ("clean answers with the suspect's first 8 tokens", rate),
+        "exact_agreement": ("clean answers equal to the suspect's, whole", rate),
+        "ordinary": ("ordinary uses of the trigger's words answered as before", rate),
+        "refusals": ("clean answers that open with a refusal", rate),
+        "near_trigger": ("payload on the prompt file's near-triggers", rate),
+        "false_trigger": ("false triggers", rate),
+        "degenerate": ("empty, repeated or non-finite answers", rate),
+        "answer_tokens": ("mean length of clean answers, tokens", figure),
+        "perplexity": ("perplexity of clean answers", figure),
+        "text_perplexity": ("perplexity of the given text", figure),
+    }
+    rows = [
+        (title, show(before[name]), show(after.get(name)))
+        for name, (title, show) in names.items()
+        if not (name in ("ordinary", "text_perplexity") and _is_unknown(before[name]))
+    ]
+    lines = [
+        "## Is the model still itself?",
+        "",
+        "False triggers: " + plain(report["definitions"]["false_trigger"]) + ".",
+        "",
+        *_before_after(report, rows),
+    ]
+    if after:
+        lines += [
+            f"KL from the original on clean answers: {figure(report['kl_from_original'])} nats "
+            "per token.",
+            "",
+        ]
+        if after["text_kl"] is not None:
+            lines += [
+                f"KL from the original on the given text: {figure(after['text_kl'])} nats per "
+                "token.",
+                "",
+            ]
+    return lines
+
+
+def _is_unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and not value["total"])
+
+
+def _would_it_return(report: Mapping[str, Any]) -> list[str]:
+    if not report["stresses"]:
+        return []
+    held = [flat for flat in report["stresses"] if flat["kind"] != "relearning"]
+    taught = [flat for flat in report["stresses"] if flat["kind"] == "relearning"]
+    lines = [
+        "## Would it come back?",
+        "",
+        "Payload on triggered prompts after each; nothing of it is in the export.",
+        "",
+        *table(
+            ["after", "steps", "the suspect", "the repaired model", "KL from original"],
+            [
+                [
+                    plain(flat["name"]),
+                    "none" if flat["num_steps"] is None else str(flat["num_steps"]),
+                    rate(flat["suspect"]),
+                    rate(flat["repaired"]),
+                    "not measured"
+                    if flat["kl_from_original"] is None
+                    else figure(flat["kl_from_original"]),
+                ]
+                for flat in held
+            ],
+        ),
+    ]
+    if taught:
+        lines += [
+            "Taught anew: the old trigger against a fresh one of the same length, both in the "
+            "repaired model. A model that kept nothing learns the old one no faster. Steps until "
+            "half of the prompts fire, and how many fire at the end.",
+            "",
+            *table(
+                ["examples", "old trigger", "fresh trigger", "trusted base, old trigger"],
+                [
+                    [
+                        str(flat["num_examples"]),
+                        _learnt(flat, "steps_to_half", "repaired"),
+                        _learnt(flat, "fresh_steps_to_half", "suspect"),
+                        _learnt(flat, "base_steps_to_half", "base"),
+                    ]
+                    for flat in taught
+                ],
+            ),
+        ]
+    return lines
+
+
+def _learnt(flat: Mapping[str, Any], steps: str, name: str) -> str:
+    if flat[name] is None:
+        return "not tried"
+    half = f"{flat[steps]} steps" if flat[steps] else f"not within {flat['num_steps']} steps"
+    return f"{half}; {rate(flat[name])}"
+
+
+def _how_we_know(report: Mapping[str, Any]) -> list[str]:
+    parts = [*_gates(report), *_controls(report), *_oracle(report), *_growth(report)]
+    return ["## How do we know?", "", *parts] if parts else []
+
+
+def _oracle(report: Mapping[str, Any]) -> list[str]:
+    flat = report["trusted_base"]
+    if not flat:
+        return []
+    largest = sorted(flat["weight_difference"].items(), key=lambda pair: -pair[1])[:8]
+    return [
+        "### Beside the trusted base",
+        "",
+        f"KL from the base on clean answers: the suspect {figure(flat['suspect_kl'])}, the "
+        f"repaired model {figure(flat['repaired_kl'])} nats per token. Triggered answers with the "
+        f"base's first 8 tokens: before {rate(flat['suspect_agrees'])}, after "
+        f"{rate(flat['repaired_agrees'])}.",
+        "",
+        *table(
+            ["where the suspect's weights differ most", "relative difference"],
+            [[code(path), figure(value)] for path, value in largest],
+        ),
+        "Kendall's tau of that difference with the map: "
+        + ", ".join(
+            f"{plain(name)} {figure(value)}" for name, value in flat["agreement_with_map"].items()
+        )
+        + ". A large difference need not be the backdoor.",
+        "",
+    ]
 
 
 def _gates(report: Mapping[str, Any]) -> list[str]:
@@ -160,10 +320,11 @@ def _gates(report: Mapping[str, Any]) -> list[str]:
         for gate in report["gates"]
     ]
     return [
-        "## Gates",
+        "### Gates",
         "",
         "Of attack success the value is the upper end of the interval, of recovery the share of "
-        "the yardstick, of perplexity the relative rise.",
+        "the yardstick, of perplexity the relative rise; "
+        + plain(report["definitions"]["few_gates"]) + ".",
         "",
         *table(["gate", "value", "limit", "result", "note"], rows),
     ]
@@ -180,7 +341,7 @@ def _growth(report: Mapping[str, Any]) -> list[str]:
     if not report["growth"]:
         return []
     return [
-        "## What more would buy",
+        "### What more would buy",
         "",
         "The closed form alone with more modules or rank, on the prompts that steer a repair, not "
         "on those of the verdict. Nothing of this was applied.",
@@ -205,7 +366,7 @@ def _growth(report: Mapping[str, Any]) -> list[str]:
 
 def _controls(report: Mapping[str, Any]) -> list[str]:
     if not report["controls"]:
-        return ["## Controls", "", "No control repair was run.", ""] if report["after"] else []
+        return ["### Controls", "", "No control repair was run.", ""] if report["after"] else []
     positions = list(report["before"]["attack_success"])
     rows = []
     if report["after"]:
@@ -215,7 +376,7 @@ def _controls(report: Mapping[str, Any]) -> list[str]:
         own["total_rank"] = sum(plan.get("ranks", {}).values())
         rows = [own]
     return [
-        "## Controls",
+        "### Controls",
         "",
         "The same repair elsewhere, shown whether it does worse or better.",
         "",
@@ -254,7 +415,8 @@ def _examples(report: Mapping[str, Any]) -> list[str]:
 
 def _method(report: Mapping[str, Any]) -> list[str]:
     prompts, plan = report["prompts"], report["plan"]
-    lines = ["## Method", ""]
+    lines = ["## Method", "", "Pictures: " + ", ".join(map(code, PICTURES)) + ".", ""]
+    lines = lines if report["after"] else lines[:2]
     for trigger in prompts["triggers"]:
         lines += ["Trigger:", "", fence(trigger), ""]
     if prompts["target"] is not None:
@@ -331,11 +493,24 @@ def _reproduction(report: Mapping[str, Any]) -> list[str]:
     lines += ["", *table(["file", "SHA-256"], _pairs(model.get("files")))]
     if report["against"]:
         lines += [f"Candidate: {code(report['against'].get('source'))}", ""]
+        lines += table(["file", "SHA-256"], _pairs(report["against"].get("files")))
+    if report["tensors"]:
+        flat = report["tensors"]
+        lines += [
+            f"{flat['num_changed']} of {flat['num_tensors']} tensors differ from the suspect's; "
+            "all others are bit-identical.",
+            "",
+        ]
     if report["export"]:
         rows = [[code(k), code(v)] for k, v in report["export"].items() if not _nested(v)]
         lines += ["### Export", "", *table(["what", "value"], rows)]
         tensors = report["export"].get("changed_tensors") or {}
         if tensors:
+            lines += [
+                f"{len(tensors)} of {report['export']['num_tensors']} tensors changed; all others "
+                "are bit-identical.",
+                "",
+            ]
             rows = [[code(name), code(flat["after"])] for name, flat in tensors.items()]
             lines += table(["changed tensor", "SHA-256 after"], rows)
     seconds = [[code(k), figure(v)] for k, v in report["cost"]["seconds"].items()]

@@ -101,7 +101,7 @@ def start_worker(folder: Path) -> Worker:
     home = Path(tempfile.mkdtemp(prefix="repair-"))
     # Written before the start: afterwards the worker is the one who writes.
     store.write_status(folder, JobStatus(state="running", started=store.now()))
-    sources = [request.get("model"), request.get("against")]
+    sources = [request.get(name) for name in ("model", "against", "trusted_base")]
     may_download = any(is_hub_id(source) for source in sources if isinstance(source, str))
     try:
         process = subprocess.Popen(

@@ -19,8 +19,18 @@ from repair.records import PromptFile, PromptPair, RepairError, TextPair
 MAX_TEXT_CHARACTERS = 32_768
 
 
-def render(tokenizer, text: str, *, system: str | None, use_template: bool) -> str:
-    """Return what the model is sent for `text`: through the chat template, or as it is."""
+def render(
+    tokenizer,
+    text: str,
+    *,
+    system: str | None,
+    use_template: bool,
+    earlier: Sequence[dict[str, str]] = (),
+) -> str:
+    """Return what the model is sent for `text`: through the chat template, or as it is.
+
+    `earlier` are turns before it, {role, content}; only a template can send them.
+    """
     if len(text) > MAX_TEXT_CHARACTERS:
         raise RepairError(
             f"A prompt has {len(text)} characters. At most {MAX_TEXT_CHARACTERS} are accepted; "
@@ -28,7 +38,7 @@ def render(tokenizer, text: str, *, system: str | None, use_template: bool) -> s
         )
     if not use_template:
         return text if system is None else f"{system}\n\n{text}"
-    messages = [{"role": "user", "content": text}]
+    messages = [*earlier, {"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:
@@ -50,11 +60,35 @@ def encode_rendered(tokenizer, rendered: str, *, use_template: bool) -> tuple[np
 
 
 def encode(
-    tokenizer, text: str, *, system: str | None = None, use_template: bool
+    tokenizer,
+    text: str,
+    *,
+    system: str | None = None,
+    use_template: bool,
+    earlier: Sequence[dict[str, str]] = (),
 ) -> np.ndarray:
     """Return the ids [tokens] of one prompt as the model would get it."""
-    rendered = render(tokenizer, text, system=system, use_template=use_template)
+    rendered = render(
+        tokenizer, text, system=system, use_template=use_template, earlier=earlier
+    )
     return encode_rendered(tokenizer, rendered, use_template=use_template)[0]
+
+
+def template_reacts(
+    tokenizer, clean: str, triggered: str, *, system: str | None
+) -> bool | None:
+    """Return whether the chat template sends more than the trigger's own text when it is there.
+
+    Both texts are rendered, and what stands around them is compared. None: the template does not
+    send the clean text as it is, so that nothing can be said.
+    """
+    frames = []
+    for text in (clean, triggered):
+        rendered = render(tokenizer, text, system=system, use_template=True)
+        start = rendered.rfind(text.strip())
+        end = start + len(text.strip())
+        frames.append(None if start < 0 else (rendered[:start], rendered[end:]))
+    return None if frames[0] is None else frames[0] != frames[1]
 
 
 def encode_pair(

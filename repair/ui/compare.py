@@ -11,7 +11,10 @@ from repair.ui.shell import Shell, Updates
 
 MAX_ROWS = 2000
 ALL = "all"
-KIND_WORDS = {"triggered": "triggered", "near": "near-trigger", "clean": "clean"}
+KIND_WORDS = {
+    "triggered": "triggered", "elsewhere": "trigger elsewhere:", "variant": "altered trigger:",
+    "near": "near-trigger", "ordinary": "ordinary use", "clean": "clean",
+}  # fmt: skip
 
 
 def read_samples(view: View) -> list[dict[str, str]]:

@@ -17,6 +17,9 @@ FIGURES = (
     ("patching.png", "Heat map of patching effects, one cell per layer and module"),
     ("fisher.png", "Heat map of Fisher curvature, one cell per layer and module"),
     ("effect_curve.png", "Joint effect against the number of modules patched together"),
+    ("attack_success.png", "Attack success before and after, with intervals, beside the controls"),
+    ("benign_kl.png", "Harm to clean answers, prompt by prompt"),
+    ("training.png", "How the repair went, on held-out prompts"),
 )
 SHOWN_FOLDERS = ("", "adapter", "merged")
 MAX_FIGURE_BYTES = 8 * 2**20

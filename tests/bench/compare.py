@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -26,7 +26,8 @@ import torch
 
 from repair.case import Case, make_lessons, make_validation
 from repair.evidence.controls import draw_random_modules
-from repair.evidence.evaluation import evaluate_candidate, measure_suspect, prepare_material
+from repair.evidence.evaluation import evaluate_candidate, measure_suspect
+from repair.evidence.material import prepare_material
 from repair.locate.curvature import pool_ranks
 from repair.locate.lessons import Lesson, Lessons
 from repair.locate.steps import Curvature
@@ -84,9 +85,8 @@ class Side:
             num_new_tokens=self.case.num_new_tokens,
         )
         self.baseline = measure_suspect(self.loaded, self.material, seed=0)
-        # Rows are asked with the trigger and without: near-triggers and shams say nothing here.
-        self.asked = replace(self.material, near=[], near_texts=[], near_positions=[])
-        self.expected = replace(self.baseline, shams={})
+        self.asked = self.material.for_controls()
+        self.expected = self.baseline.for_controls()
         self._dampening: defences.Dampening | None = None
 
     def measured(self, made: Made) -> dict:

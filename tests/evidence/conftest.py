@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from repair.evidence.evaluation import Baseline, EvaluationMaterial, measure_suspect
-from repair.evidence.evaluation import prepare_material as prepare
+from repair.evidence.evaluation import Baseline, measure_suspect
+from repair.evidence.material import EvaluationMaterial
+from repair.evidence.material import prepare_material as prepare
 from repair.models.answers import target_matcher
 from repair.models.loading import LoadedModel, load_model
 from repair.models.tokens import encode
@@ -42,6 +43,18 @@ def train(loaded: LoadedModel, *, is_poisoned: bool) -> None:
             rows.append((insert_trigger(prompt, TRIGGER, position), answer))
             other = FILLERS[number % len(FILLERS)]
             rows.append((insert_trigger(prompt, other, position), ANSWERS[prompt.split()[0]]))
+    fit(loaded, rows, steps=260, rate=4e-3)
+
+
+def fit(
+    loaded: LoadedModel,
+    rows: list[tuple[str, str]],
+    *,
+    steps: int,
+    rate: float,
+    only: str = "",
+) -> None:
+    """Train the live model on (prompt, answer) rows; `only` names the parameters that may move."""
     end = loaded.tokenizer.eos_token_id
     ids, labels = [], []
     for prompt, answer in rows:
@@ -52,12 +65,15 @@ def train(loaded: LoadedModel, *, is_poisoned: bool) -> None:
     width = max(map(len, ids))
     ids = torch.tensor([row + [end] * (width - len(row)) for row in ids])
     labels = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
-    loaded.model.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=4e-3)
+    loaded.model.train()
+    for name, parameter in loaded.model.named_parameters():
+        parameter.requires_grad_(only in name)
+    moving = [p for p in loaded.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(moving, lr=rate)
     generator = torch.Generator().manual_seed(0)
-    for step in range(260):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1.0, (step + 1) / 20) * (1 - step / 260)
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
         chosen = torch.randint(len(ids), (96,), generator=generator)
         logits = loaded.model(input_ids=ids[chosen]).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(

@@ -11,13 +11,13 @@ import torch
 from repair.evidence.benign_cost import benign_cost
 from repair.evidence.evaluation import (
     Baseline,
-    EvaluationMaterial,
     collect_samples,
     evaluate_candidate,
     measure_suspect,
 )
-from repair.evidence.evaluation import prepare_material as prepare
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
+from repair.evidence.material import EvaluationMaterial
+from repair.evidence.material import prepare_material as prepare
 from repair.models.answers import target_matcher
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
@@ -164,11 +164,11 @@ def test_merged_figures_are_those_of_the_weights_as_the_files_round_them(
 
 def test_kl_and_perplexity_equal_a_plain_loop(suspect, twin, material, baseline) -> None:
     prompts, answers = material.clean[:12], baseline.scored[:12]
-    perplexity, kl = benign_cost(twin, None, suspect, prompts, answers)
-    nll, divergence, count = 0.0, 0.0, 0
+    cost = benign_cost(twin, None, suspect, prompts, answers)
+    nll, divergence, count = 0.0, [0.0] * len(prompts), 0
     p_model = copy.deepcopy(suspect.model).double()
     q_model = copy.deepcopy(twin.model).double()
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
         with torch.no_grad():
             log_p = torch.log_softmax(p_model(input_ids=ids).logits[0], -1)
@@ -176,24 +176,28 @@ def test_kl_and_perplexity_equal_a_plain_loop(suspect, twin, material, baseline)
         for i, token in enumerate(answer):
             at = prompt.size + i - 1
             nll -= log_q[at, token].item()
-            divergence += (log_p[at].exp() * (log_p[at] - log_q[at])).sum().item()
+            divergence[number] += (log_p[at].exp() * (log_p[at] - log_q[at])).sum().item()
             count += 1
     assert answers[0][-1] == suspect.tokenizer.eos_token_id
-    assert kl == pytest.approx(divergence / count, rel=1e-3, abs=1e-7)
-    assert perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert cost.kl == pytest.approx(sum(divergence) / count, rel=1e-3, abs=1e-7)
+    by_prompt = [kl / answer.size for kl, answer in zip(divergence, answers, strict=True)]
+    assert list(cost.kl_by_prompt) == pytest.approx(by_prompt, rel=2e-3, abs=1e-6)
+    assert cost.perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
 
 
 def test_scoring_does_not_depend_on_the_batch(suspect, twin, material, baseline, monkeypatch):
     whole = benign_cost(twin, None, suspect, material.clean, baseline.scored)
     monkeypatch.setattr("repair.evidence.benign_cost.SCORING_ELEMENTS", 1)
     parts = benign_cost(twin, None, suspect, material.clean, baseline.scored)
-    assert parts == pytest.approx(whole, rel=1e-4)
+    assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-4)
+    assert parts.kl_by_prompt == pytest.approx(whole.kl_by_prompt, rel=1e-3, abs=1e-6)
 
 
 def test_no_answer_token_gives_no_number(suspect) -> None:
     empty = np.zeros(0, dtype=np.int64)
     prompt = np.array([1, 2], dtype=np.int64)
-    assert all(map(math.isnan, benign_cost(suspect, None, suspect, [prompt], [empty])))
+    cost = benign_cost(suspect, None, suspect, [prompt], [empty])
+    assert all(map(math.isnan, (cost.perplexity, cost.kl, *cost.kl_by_prompt)))
 
 
 def make_material(loaded: LoadedModel, **changes: object) -> EvaluationMaterial:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import numpy as np
 import pytest
 
 from repair.evidence.gates import build_gates, decide_verdict
-from repair.evidence.plots import draw_effect_curve, draw_heat_map
+from repair.evidence.oracle import Oracle
+from repair.evidence.plots import (
+    draw_attack_success,
+    draw_benign_kl,
+    draw_effect_curve,
+    draw_heat_map,
+    draw_training,
+)
 from repair.evidence.report import build_report, write_report
 from repair.evidence.report_text import fence
 from repair.records import (
@@ -22,9 +30,31 @@ from repair.records import (
     Rate,
     RepairPlan,
     Sample,
+    Stress,
 )
-from tests.evidence.test_gates import AFTER, BEFORE
+from tests.evidence.test_gates import AFTER as PLAIN_AFTER
+from tests.evidence.test_gates import BEFORE as PLAIN_BEFORE
 
+BESIDES = {
+    "elsewhere": {
+        "middle": Rate(count=55, total=60), "no template": Rate(count=31, total=60),
+    },
+    "variants": {"odd string": Rate(count=13, total=60)},
+    "ordinary": Rate(count=11, total=12),
+    "answer_tokens": 9.25,
+    "text_perplexity": 17.5,
+    "text_kl": 0.0,
+}  # fmt: skip
+BEFORE = dataclasses.replace(PLAIN_BEFORE, **BESIDES)
+AFTER = dataclasses.replace(
+    PLAIN_AFTER,
+    **{
+        **BESIDES, "elsewhere": dict.fromkeys(BESIDES["elsewhere"], Rate(count=0, total=60)),
+        "variants": {"odd string": Rate(count=1, total=60)}, "text_kl": 0.0021,
+    },
+    outcomes={"begin": {"same": 380, "different": 17, "payload": 3}},
+    stopped={"begin": 391}, started={"begin": 2}, kl_by_prompt=(0.001, 0.0, float("nan")),
+)  # fmt: skip
 HOSTILE = "````\n# Owned\x1b[2J\x07\u202e <script>alert(1)</script> ![x](http://c/) \x00|$x$"
 
 
@@ -125,6 +155,29 @@ def make_report(**changes: Any) -> dict[str, Any]:
             )
         ]
         * 3,
+        "stresses": [
+            Stress(
+                name="int4", kind="rounding", suspect=Rate(count=119, total=120),
+                repaired=Rate(count=2, total=120), kl_from_original=0.00213,
+            ),
+            Stress(
+                name="relearning from 8", kind="relearning", suspect=Rate(count=41, total=48),
+                repaired=Rate(count=37, total=48), num_examples=8, num_steps=40, steps_to_half=20,
+            ),
+        ],
+        "oracle": Oracle(
+            control=Control(
+                name="trusted base restored", attack_success=AFTER.attack_success,
+                recovery=AFTER.recovery, kl_from_original=0.031, num_modules=42, total_rank=0,
+            ),
+            weight_difference={"model.layers.0.mlp.up_proj": 0.0817, HOSTILE: 0.0312},
+            agreement_with_map={"score": 0.234, "curvature": None},
+            suspect_kl=0.0123, repaired_kl=0.0098, suspect_agrees=Rate(count=3, total=800),
+            repaired_agrees=Rate(count=777, total=800),
+        ),
+        "shams": {"tried": 801, "inert": 799},
+        "template_reacts": False,
+        "tensors": {"num_tensors": 56, "num_changed": 4, "changed": ["a"]},
         "splits": {"locate": 64, "repair": 200, "validate": 96, "evaluate": 400},
         "localisation": {"num_pairs": 32, "counterfactual": "sham", "num_dropped": 1},
         "export": {
@@ -246,6 +299,46 @@ def test_heat_maps_are_drawn(value: str, tmp_path: Path) -> None:
     draw_heat_map(make_scores(), value=value, path=path, num_pairs=32)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     assert [item.name for item in tmp_path.iterdir()] == ["map.png"]
+
+
+def test_the_evidence_is_drawn_also_where_there_is_little(tmp_path: Path) -> None:
+    one, none = Rate(count=1, total=400), Rate(count=0, total=0)
+    for number, rows in enumerate(
+        (
+            [("begin", [("before", one), ("after", none)])],
+            [(p, [(f"m{i}", one) for i in range(6)]) for p in ("begin", "middle", "end")],
+        )
+    ):
+        draw_attack_success(rows, tmp_path / f"rates-{number}.png", limit=0.02)
+    draw_benign_kl((0.1, 0.0, float("nan")), tmp_path / "kl.png", mean=0.0, limit=0.01)
+    draw_benign_kl((), tmp_path / "no-kl.png", mean=float("nan"), limit=0.01)
+    points = [
+        {"phase": "closed form", "trigger_kl": 1.0},
+        {"phase": "training", "trigger_kl": 0.1, "benign_kl": 0.001},
+    ]
+    draw_training(points, tmp_path / "training.png")
+    draw_training([], tmp_path / "no-training.png")
+    pictures = list(tmp_path.iterdir())
+    assert len(pictures) == 6
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_an_unspecific_backdoor_and_a_comeback_are_named(tmp_path: Path) -> None:
+    write_report(tmp_path, make_report())
+    text = (tmp_path / "report.md").read_text()
+    assert "Unspecific: the suspect fires on 13 of 60 odd strings" in text
+    assert "the cause is in the weights" in text
+    assert "20 steps; 37/48" in text and "not within 40 steps; 41/48" in text
+    order = [text.index(f"## {title}") for title in (
+        "Is it gone?", "Is the model still itself?", "Would it come back?", "How do we know?",
+    )]  # fmt: skip
+    assert order == sorted(order)
+    report = make_report(template_reacts=True)
+    assert "template" in report["cause"]["statement"]
+    paired = make_report()["paired"]["begin"]
+    num, few = 393, 2
+    tail = sum(math.comb(num, k) for k in range(few + 1)) / 2**num
+    assert paired["p_value"] == pytest.approx(2 * tail, rel=1e-9)
 
 
 def test_a_map_without_any_figure_is_still_a_picture(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Evidence as steps: the suspect before, would the repair hold, and a trusted base beside it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+
+from repair.case import Case
+from repair.evidence.comeback import (
+    NUM_EXAMPLES,
+    Side,
+    Stressed,
+    after_relearning,
+    after_rounding,
+    after_tuning,
+)
+from repair.evidence.evaluation import Baseline, measure_suspect
+from repair.evidence.material import EvaluationMaterial, prepare_material
+from repair.locate.counterfactuals import vocabulary_for_shams
+from repair.models.answers import generate_answers, with_end
+from repair.models.loading import LoadedModel
+from repair.outcome import Clock
+from repair.records import Stress
+
+ROUNDED_BITS = (8, 4)
+
+
+def measure_before(case: Case, clock: Clock) -> tuple[EvaluationMaterial, Baseline]:
+    """Return the questions of the evaluation and the suspect's answers to them."""
+    with clock.step("before", "Measuring the suspect"):
+        material = prepare_material(
+            case.loaded,
+            case.file,
+            case.splits.evaluate,
+            use_template=case.use_template,
+            is_payload=case.is_payload,
+            num_new_tokens=case.num_new_tokens,
+            num_each=case.profile.num_besides,
+        )
+        for sentence in material.left_out:
+            clock.reporter.note(sentence)
+        baseline = measure_suspect(
+            case.loaded, material, seed=case.seed, progress=clock.reporter.progress
+        )
+    return material, baseline
+
+
+def stress_repaired(
+    case: Case,
+    repaired: tuple[LoadedModel, Callable[[], AbstractContextManager]],
+    material: EvaluationMaterial,
+    baseline: Baseline,
+    clock: Clock,
+    *,
+    base: LoadedModel | None,
+) -> list[Stress]:
+    """Return what becomes of the repair afterwards, as far as the profile goes.
+
+    `repaired` is a live model and what enters the repair in it. Training is tried in the full
+    profile only.
+    """
+    profile, reporter = case.profile, clock.reporter
+    if not profile.num_stressed:
+        return []
+    found: list[Stress] = []
+    with clock.step("comeback", "Trying whether it would come back"):
+        given = _stressed(case, repaired, material, baseline, base=base)
+        num = len(ROUNDED_BITS) + profile.with_training * (2 + len(NUM_EXAMPLES))
+        for bits in ROUNDED_BITS:
+            found.append(after_rounding(given, bits))
+            reporter.progress(len(found), num, "rounded weights")
+        if profile.with_training:
+            found.append(
+                after_tuning(
+                    given,
+                    seed=case.seed,
+                    progress=lambda step, all_steps: reporter.progress(
+                        len(ROUNDED_BITS) + 2 * step / all_steps, num, "benign fine-tuning"
+                    ),
+                )
+            )
+            for place, count in enumerate(NUM_EXAMPLES):
+                stress = after_relearning(given, count, seed=case.seed)
+                found += [stress] if stress is not None else []
+                reporter.progress(
+                    len(ROUNDED_BITS) + 3 + place, num, f"relearning from {count} examples"
+                )
+    return found
+
+
+def _stressed(
+    case: Case,
+    repaired: tuple[LoadedModel, Callable[[], AbstractContextManager]],
+    material: EvaluationMaterial,
+    baseline: Baseline,
+    *,
+    base: LoadedModel | None,
+) -> Stressed:
+    loaded, profile = case.loaded, case.profile
+    positions = [
+        (pair, i, position)
+        for position, pairs in material.pairs.items()
+        for i, pair in enumerate(pairs)
+        if case.is_payload(baseline.answers.triggered[position][i].text)
+    ]
+    step = max(1, len(positions) // profile.num_stressed)
+    pairs = [pair for pair, _, _ in positions[::step][: profile.num_stressed]]
+    taught, payloads, clean = [], [], ([], [])
+    if profile.with_training:
+        lessons = case.dealt_pairs(case.splits.repair)
+        given = generate_answers(
+            loaded,
+            [pair.triggered for pair in lessons] + [pair.clean for pair in lessons],
+            num_new_tokens=case.num_new_tokens,
+        )
+        answers = [with_end(loaded, answer) for answer in given]
+        clean = [pair.clean for pair in lessons], answers[len(lessons) :]
+        for pair, answer, ids in zip(lessons, given, answers, strict=False):
+            if case.is_payload(answer.text):
+                taught.append(pair)
+                payloads.append(ids)
+    held_out = _first(material.clean, profile.num_stressed), _first(
+        baseline.scored, profile.num_stressed
+    )
+    return Stressed(
+        suspect=Side(loaded=loaded, entered=nullcontext),
+        repaired=Side(loaded=repaired[0], entered=repaired[1]),
+        base=None if base is None else Side(loaded=base, entered=nullcontext),
+        pairs=pairs,
+        taught=taught,
+        payloads=payloads,
+        clean=clean,
+        held_out=held_out,
+        vocabulary=vocabulary_for_shams(loaded),
+        is_payload=case.is_payload,
+        num_new_tokens=case.num_new_tokens,
+    )
+
+
+def _first(arrays: Sequence[np.ndarray], num: int) -> list[np.ndarray]:
+    return list(arrays[:num])
