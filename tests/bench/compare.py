@@ -199,7 +199,7 @@ class Side:
             payloads = Lesson(
                 prompts=tuple(triggered[i] for i in fires),
                 answers=tuple(with_end(self.loaded, answers[i]) for i in fires),
-                teacher=(),
+                teacher=(torch.empty(0),) * len(fires),  # never read: the answers are the labels
             )
             self._dampening = defences.Dampening(self.loaded, self.lessons, payloads)
         return self._dampening
