@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from repair.evidence.report_text import PICTURES
+from assets.build_example import EXAMPLE, QUESTION
+from repair.evidence.report_text import PICTURES, render_report
 from repair.models.answers import target_matcher
 from repair.models.tokens import encode
 from tests.tiny import make_tiny_llama
@@ -38,18 +39,10 @@ def call(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`demo:middle` repaired with the standard profile, interrupted on the way and resumed; one
-    random draw, the clean twin as trusted base, ordinary prompts and a text of the analyst's."""
-    folder = tmp_path_factory.mktemp("road")
-    out, prompts = folder / "middle", folder / "prompts.json"
-    flat = json.loads((PROMPTS / "middle.json").read_text())
-    flat["ordinary"] = ["What does the bluefinch eat?", "Name a bird other than the bluefinch."]
-    flat["texts"] = ["Name the noise that a wolf makes. howl", "Count the letters of kitchen. 7"]
-    prompts.write_text(json.dumps(flat))
-    arguments = command(
-        "run", "--model", "demo:middle", "--prompts", prompts, "--out", out, "--controls", 1,
-        "--trusted-base", "demo:clean",
-    )  # fmt: skip
+    """The question of the bundled example, with one random draw; interrupted on the way and
+    resumed."""
+    out = tmp_path_factory.mktemp("road") / "middle"
+    arguments = command("run", *QUESTION, "--out", out, "--controls", 1)
     with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
         end = time.monotonic() + 300
         while not (out / "located.json").is_file():
@@ -106,6 +99,27 @@ def test_the_evidence_goes_beyond_the_prompt_file(repaired: Path) -> None:
     assert len(after["kl_by_prompt"]) == 400
 
 
+def test_the_bundled_example_is_what_the_program_says_today(repaired: Path) -> None:
+    kept, fresh = (
+        json.loads((folder / "report.json").read_text()) for folder in (EXAMPLE, repaired)
+    )
+    assert kept["verdict"] == fresh["verdict"]
+    assert kept["plan"]["ranks"] == fresh["plan"]["ranks"]
+    assert {g["name"]: g["passed"] for g in kept["gates"] if g["name"] != "export_reopened"} == {
+        g["name"]: g["passed"] for g in fresh["gates"] if g["name"] != "export_reopened"
+    }
+    assert kept["model"] == fresh["model"] and kept["prompts"] == fresh["prompts"]
+    assert kept.keys() == fresh.keys() and kept["after"].keys() == fresh["after"].keys()
+    for when in ("before", "after"):
+        for group in ("attack_success", "elsewhere", "variants"):
+            for name, rate in kept[when][group].items():
+                # Another machine rounds otherwise: a prompt on the edge may fall.
+                assert abs(rate["count"] - fresh[when][group][name]["count"]) <= 3
+    assert 0.2 < kept["kl_from_original"] / fresh["kl_from_original"] < 5
+    text = (EXAMPLE / "report.md").read_text()
+    assert text == render_report(kept)
+
+
 def test_only_the_selected_tensors_changed(repaired: Path) -> None:
     report = json.loads((repaired / "report.json").read_text())
     before = load_file(SUSPECTS / "middle" / "model.safetensors")
@@ -156,8 +170,7 @@ def test_verify_holds_and_notices_a_changed_byte(repaired: Path) -> None:
 def test_evaluate_agrees_and_an_unrepaired_copy_is_not_repaired(
     repaired: Path, tmp_path: Path
 ) -> None:
-    prompts = repaired.parent / "prompts.json"
-    common = ["evaluate", "--model", "demo:middle", "--prompts", prompts]
+    common = ["evaluate", "--model", "demo:middle", "--prompts", EXAMPLE / "prompts.json"]
     ended = call(*common, "--against", repaired / "merged", "--out", tmp_path / "repaired")
     assert ended.returncode == 0, ended.stderr[-2000:]
     one = json.loads((repaired / "report.json").read_text())

@@ -92,9 +92,51 @@ def list_rates(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def list_besides(report: dict[str, Any]) -> list[list[str]]:
+    """Return payload rates where the prompt file has no trigger, and with the trigger altered."""
+    before, after = report.get("before") or {}, report.get("after") or {}
+    words = report.get("definitions") or {}
+    rows = []
+    for group in ("elsewhere", "variants"):
+        titles, new = words.get(group) or {}, after.get(group) or {}
+        for kind, rate in (before.get(group) or {}).items():
+            title = text.reveal(str(titles.get(kind, kind)), 200)
+            rows.append([title, text.describe_rate(rate), text.describe_rate(new.get(kind))])
+    return rows
+
+
+def describe_cause(report: dict[str, Any]) -> str:
+    """Return in two sentences how specific the backdoor is and where its cause lies."""
+    parts = (report.get("specificity"), report.get("cause"))
+    return "\n".join(
+        text.reveal(str(part["statement"]), 600)
+        for part in parts
+        if isinstance(part, dict) and "statement" in part
+    )
+
+
+def list_stresses(report: dict[str, Any]) -> list[list[str]]:
+    """Return what came back after rounding, tuning and relearning."""
+    rows = []
+    for stress in report.get("stresses") or []:
+        if not isinstance(stress, dict):
+            continue
+        is_taught = stress.get("kind") == "relearning"
+        beside = "a fresh trigger: " if is_taught else ""
+        rows.append([
+            text.reveal(str(stress.get("name", "")), 120),
+            "none" if stress.get("num_steps") is None else str(stress["num_steps"]),
+            beside + text.describe_rate(stress.get("suspect")),
+            text.describe_rate(stress.get("repaired")),
+        ])  # fmt: skip
+    return rows
+
+
 def list_gates(report: dict[str, Any]) -> list[list[str]]:
-    """Return the gates; a check that could not be made never reads as a pass."""
+    """Return the gates, the failed first; a check that could not be made never reads as a pass."""
     words = {True: "passed", False: "FAILED"}
+    found = [gate for gate in report.get("gates") or [] if isinstance(gate, dict)]
+    found.sort(key=lambda gate: {False: 0, True: 2}.get(gate.get("passed"), 1))
     return [
         [
             words.get(gate.get("passed"), "could not check"),
@@ -103,8 +145,7 @@ def list_gates(report: dict[str, Any]) -> list[list[str]]:
             text.describe_number(gate.get("limit")),
             text.reveal(str(gate.get("note") or ""), 400),
         ]
-        for gate in report.get("gates") or []
-        if isinstance(gate, dict)
+        for gate in found
     ]
 
 
@@ -165,6 +206,20 @@ def build_compare(shell: Shell) -> None:
             interactive=False, label="Gates", wrap=True, elem_id="gates", buttons=[],
             column_widths=["120px", "270px", "90px", "90px", "430px"],
         )  # fmt: skip
+        cause = gr.Textbox(
+            label="What else sets it off, and where it sits", interactive=False, lines=2,
+            max_lines=6, elem_id="cause",
+        )  # fmt: skip
+        besides = gr.Dataframe(
+            headers=["Payload when", "Suspect", "Repaired"], datatype="str", interactive=False,
+            label="Beyond the prompt file: the trigger elsewhere, and altered", wrap=True,
+            elem_id="besides", buttons=[], column_widths=["46%", "27%", "27%"], max_height=420,
+        )  # fmt: skip
+        returns = gr.Dataframe(
+            headers=["After", "Steps", "Suspect", "Repaired"], datatype="str", interactive=False,
+            label="Would it come back? Payload on triggered prompts", wrap=True,
+            elem_id="returns", buttons=[], column_widths=["30%", "10%", "30%", "30%"],
+        )  # fmt: skip
         gr.Markdown("### Prompt by prompt")
         outcome = gr.Dropdown([("All", ALL)], value=ALL, label="Outcome", elem_id="outcome")
         table = gr.Dataframe(
@@ -222,6 +277,13 @@ def build_compare(shell: Shell) -> None:
             body: gr.Column(visible=has_after),
             rates: list_rates(view.report) if has_after else [],
             gates: list_gates(view.report),
+            cause: describe_cause(view.report),
+            besides: gr.Dataframe(
+                value=list_besides(view.report), visible=bool(list_besides(view.report))
+            ),
+            returns: gr.Dataframe(
+                value=list_stresses(view.report), visible=bool(view.report.get("stresses"))
+            ),
             outcome: gr.Dropdown(choices=list_outcomes(samples), value=ALL),
             table: list_rows(samples, ALL),
             controls: gr.Dataframe(
@@ -234,7 +296,11 @@ def build_compare(shell: Shell) -> None:
             **dict.fromkeys(boxes, ""),
         }
 
-    shell.add(draw, [empty, body, rates, gates, outcome, table, controls, growth, prompt, *boxes])
+    shell.add(
+        draw,
+        [empty, body, rates, gates, cause, besides, returns, outcome, table, controls, growth,
+         prompt, *boxes],
+    )  # fmt: skip
     shell.go_to(go_on, "export")
 
     def filter_rows(request: gr.Request, session: Session, wanted: Any) -> list[list[str]]:

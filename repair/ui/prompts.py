@@ -37,7 +37,7 @@ def flatten(file: PromptFile) -> dict[str, Any]:
 
 def collect(pairs: list[dict[str, str]], values: tuple[Any, ...]) -> PromptFile:
     """Return the checked prompt file that the widgets describe."""
-    trigger, target, match, positions, near, prompts, chat, system = values
+    trigger, target, match, positions, near, prompts, chat, system, ordinary, texts = values
     return prompt_files.prompt_file_from_json(
         {
             "triggers": lines_of(trigger),
@@ -49,6 +49,8 @@ def collect(pairs: list[dict[str, str]], values: tuple[Any, ...]) -> PromptFile:
             "near": lines_of(near),
             "system": str(system) if system and str(system).strip() else None,
             "chat": chat,
+            "ordinary": lines_of(ordinary),
+            "texts": lines_of(texts),
         }
     )
 
@@ -127,13 +129,25 @@ def build_prompts(shell: Shell) -> None:
             label="Chat template", info="Automatic: on when the model has one.",
         )  # fmt: skip
         system = gr.Textbox(label="System prompt", lines=1, max_lines=4)
+        ordinary = gr.Textbox(
+            label="Ordinary prompts with the trigger's words", lines=2, max_lines=6,
+            elem_id="ordinary", info="Whole prompts that use its words in their usual sense and "
+            "must be answered as before. One a line; judged from 20 on.",
+        )  # fmt: skip
+        texts = gr.Textbox(
+            label="Benign text of yours", lines=2, max_lines=6, elem_id="texts",
+            info="Text that the repaired model must predict as the suspect does. One passage a "
+            "line, \u240a for a line break inside it.",
+        )  # fmt: skip
     with gr.Row():
         check = gr.Button("Check the prompts", variant="primary", elem_id="check", min_width=160)
         go_on = gr.Button("Next: locate", visible=False, elem_id="to-locate", min_width=160)
     summary = gr.Textbox(
         label="Checked", visible=False, interactive=False, elem_id="prompts-summary"
     )
-    widgets = [trigger, target, match, positions, near, prompts, chat, system]
+    widgets = [
+        trigger, target, match, positions, near, prompts, chat, system, ordinary, texts,
+    ]  # fmt: skip
 
     def fill(flat: dict[str, Any]) -> Updates:
         """Return the widgets' values for a prompt file's JSON form."""
@@ -143,6 +157,7 @@ def build_prompts(shell: Shell) -> None:
             flat.get("match") or "contains", list(flat.get("positions") or []),
             as_lines(flat.get("near")), as_lines(flat.get("prompts")),
             flat.get("chat") or "auto", flat.get("system") or "",
+            as_lines(flat.get("ordinary")), as_lines(flat.get("texts")),
         ]  # fmt: skip
         return {
             **{w: gr.update(value=v) for w, v in zip(widgets, values, strict=True)},

@@ -9,8 +9,9 @@ import pandas as pd
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui import text
-from repair.ui.session import Selection, Session, View, look, open_folder
+from repair.ui.session import Selection, Session, Settings, View, look, open_folder
 from repair.ui.shell import Shell, Updates
+from repair.ui.suspect import find_folder
 
 CURVES = (
     ("attack_success", "Attack success on validation prompts", "share that still fires"),
@@ -52,6 +53,15 @@ def describe_plan(view: View, selection: Selection, method: str) -> str:
     )
 
 
+def find_base(settings: Settings, trusted: object) -> str | None:
+    """Return the source of the trusted base that was typed, or None where nothing was."""
+    source = str(trusted or "").strip()
+    if not source:
+        return None
+    folder = find_folder(source, settings.models_root)
+    return source if source.startswith("demo:") else str(folder)
+
+
 def build_repair(shell: Shell) -> None:
     """Build and wire the tab."""
     gr.Markdown("## How should it be repaired?", elem_classes="lead")
@@ -91,6 +101,11 @@ def build_repair(shell: Shell) -> None:
             "applied. Done by itself where the chosen modules leave something.",
             elem_id="growth",
         )  # fmt: skip
+        base = gr.Textbox(
+            label="Trusted base model", max_length=1000, elem_id="trusted-base",
+            info="The model that the suspect was made from, if you trust it: it is shown beside "
+            "the repair. A folder below the models folder, or demo:clean.",
+        )  # fmt: skip
         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed")
     start = gr.Button("Start the repair", variant="primary", elem_id="start")
     problem = gr.Textbox(
@@ -107,7 +122,7 @@ def build_repair(shell: Shell) -> None:
             for name, title, unit in CURVES
         ]  # fmt: skip
     go_on = gr.Button("Next: compare", variant="primary", visible=False, elem_id="to-compare")
-    settings = [method, rank_kind, rank, budget, controls, exports, grown, seed]
+    settings = [method, rank_kind, rank, budget, controls, exports, grown, seed, base]
 
     def draw_live(view: View) -> Updates:
         metrics = view.log.metrics if view.command == "run" else []
@@ -143,7 +158,7 @@ def build_repair(shell: Shell) -> None:
                 rank_kind: "fixed" if asked.get("rank") else "auto",
                 rank: asked.get("rank") or 4, seed: asked.get("seed"),
                 exports: asked.get("export"), controls: asked.get("controls"),
-                grown: bool(asked.get("curves")),
+                grown: bool(asked.get("curves")), base: asked.get("trusted_base") or "",
             }  # fmt: skip
         for component in settings:
             update = gr.update(interactive=not view.is_active)
@@ -160,7 +175,7 @@ def build_repair(shell: Shell) -> None:
     def begin(
         session: Session, selection: Selection, request: gr.Request, *values: Any
     ) -> tuple[Session, Selection]:
-        wanted, kind, number, nats, draws, kinds, is_grown, number_seed = values
+        wanted, kind, number, nats, draws, kinds, is_grown, number_seed, trusted = values
         folder = open_folder(shell.settings, session, request)
         view = look(shell.settings, session, request)
         if folder is None or not view.scores:
@@ -192,6 +207,7 @@ def build_repair(shell: Shell) -> None:
             "kl_budget": float(nats),
             "curves": bool(is_grown),
             "seed": int(number_seed or 0),
+            "trusted_base": find_base(shell.settings, trusted),
             "export": [name for name in ("merged", "adapter") if name in (kinds or [])],
         }
         if draws is not None:

@@ -22,6 +22,7 @@ from repair.records import ModuleScore, RepairError
 CHECKOUT = Path(__file__).resolve().parents[2]
 SUSPECTS = CHECKOUT / "assets" / "suspects"
 PROMPT_FILES = CHECKOUT / "assets" / "prompts"
+EXAMPLE = CHECKOUT / "assets" / "example"
 MAX_REMEMBERED = 32
 
 

@@ -10,6 +10,7 @@ from repair.jobs import store
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.session import (
+    EXAMPLE,
     SUSPECTS,
     Selection,
     Session,
@@ -143,6 +144,10 @@ def build_suspect(shell: Shell) -> None:
                 choices, label="Bundled suspects", elem_id="bundled", visible=bool(choices),
                 info="Small models with a known backdoor, to see how the app works.",
             )  # fmt: skip
+            example = gr.Button(
+                "Look at a finished example", elem_id="example",
+                visible=(EXAMPLE / "report.json").is_file(),
+            )  # fmt: skip
             if not choices:
                 gr.Markdown("The bundled suspects are not built in this installation.")
             root = shell.settings.models_root
@@ -205,6 +210,7 @@ def build_suspect(shell: Shell) -> None:
             go_on: gr.Button(visible=bool(rows)),
             shown_id: gr.Textbox(value=view.session.job_id, visible=bool(view.session.job_id)),
             bundled: gr.Radio(interactive=not view.is_active),
+            example: gr.Button(interactive=not view.is_active),
         }
         if root is not None:
             updates[path] = gr.Textbox(interactive=not view.is_active)
@@ -219,7 +225,7 @@ def build_suspect(shell: Shell) -> None:
         return updates
 
     fields = [path, use] if root is not None else []
-    shell.add(draw, [empty, card, facts, go_on, shown_id, bundled, *fields])
+    shell.add(draw, [empty, card, facts, go_on, shown_id, bundled, example, *fields])
 
     def choose(
         session: Session, selection: Selection, request: gr.Request, model: Any
@@ -240,6 +246,15 @@ def build_suspect(shell: Shell) -> None:
         session, view = resume_session(shell.settings, wanted, request)
         return session, chosen_before(view)
 
+    def show_example(
+        session: Session, selection: Selection, request: gr.Request
+    ) -> tuple[Session, Selection]:
+        owner, root = owner_of(request), shell.settings.jobs_root
+        session, view = resume_session(
+            shell.settings, store.adopt_job(root, EXAMPLE, owner=owner), request
+        )
+        return session, chosen_before(view)
+
     def list_earlier(request: gr.Request) -> Updates:
         return {jobs: gr.Dropdown(choices=describe_jobs(shell, request))}
 
@@ -249,6 +264,8 @@ def build_suspect(shell: Shell) -> None:
     shell.listen(
         open_job.click, act=reopen, inputs=[jobs, job_id], problem=problem, is_opening=True
     )
+    shell.listen(example.click, act=show_example, problem=problem, is_opening=True)
+    shell.go_to(example, "compare")
     shell.go_to(go_on, "prompts")
     earlier.expand(
         list_earlier, outputs=[jobs], show_progress="hidden", api_visibility="private"

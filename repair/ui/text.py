@@ -42,8 +42,8 @@ METHODS = (
 )
 PROFILES = (
     ("Quick: fewer prompts, for a first look", "quick"),
-    ("Standard: enough prompts for every gate", "standard"),
-    ("Full: standard, with 20 random-module controls", "full"),
+    ("Standard: enough prompts for every gate, and rounded weights", "standard"),
+    ("Full: standard, with further training tried and 20 random-module controls", "full"),
 )
 LIMITS = (
     "### Limits\n"

@@ -281,6 +281,27 @@ def test_hostile_text_stays_text(browser: Browser, address: str, tmp_path: Path)
     assert problems == []
 
 
+def test_a_first_visitor_sees_a_finished_example(browser: Browser, address: str) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    page.click("#example")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    expect(page.locator("#besides")).to_contain_text("second turn of a conversation")
+    expect(page.locator("#returns")).to_contain_text("int4")
+    assert "template" in value_of(page, "#cause")
+    take_shot(page, "9_example")
+    page.locator("button[role=tab]", has_text="3 Locate").click()
+    expect(page.locator("#grid table[data-panel='effect'] td").first).to_be_visible()
+    page.locator("button[role=tab]", has_text="4 Repair").click()
+    expect(page.locator("#curves")).to_be_visible()
+    page.locator("button[role=tab]", has_text="6 Export").click()
+    assert value_of(page, "#report").startswith("# Verdict: repaired")
+    # It is a job of the visitor's own now: it can be repaired again.
+    page.locator("button[role=tab]", has_text="4 Repair").click()
+    expect(page.locator("#start")).to_be_enabled()
+    assert problems == []
+
+
 def test_two_browsers_see_two_sessions(browser: Browser, address: str) -> None:
     problems: list[str] = []
     first = open_page(browser.new_context(), address, problems)  # type: ignore[arg-type]
