@@ -88,6 +88,7 @@ class Case:
     is_payload: Callable[[str], bool]
     num_new_tokens: int
     seed: int
+    base: LoadedModel | None = None  # a base model that the analyst trusts
 
     def pairs(self, indices: Sequence[int], position: str) -> list[PromptPair]:
         """Return the pairs of a split at one position."""

@@ -51,8 +51,6 @@ def stress_repaired(
     material: EvaluationMaterial,
     baseline: Baseline,
     clock: Clock,
-    *,
-    base: LoadedModel | None,
 ) -> list[Stress]:
     """Return what becomes of the repair afterwards, as far as the profile goes.
 
@@ -64,7 +62,7 @@ def stress_repaired(
         return []
     found: list[Stress] = []
     with clock.step("comeback", "Trying whether it would come back"):
-        given = _stressed(case, repaired, material, baseline, base=base)
+        given = _stressed(case, repaired, material, baseline)
         num = len(ROUNDED_BITS) + profile.with_training * (2 + len(NUM_EXAMPLES))
         for bits in ROUNDED_BITS:
             found.append(after_rounding(given, bits))
@@ -93,8 +91,6 @@ def _stressed(
     repaired: tuple[LoadedModel, Callable[[], AbstractContextManager]],
     material: EvaluationMaterial,
     baseline: Baseline,
-    *,
-    base: LoadedModel | None,
 ) -> Stressed:
     loaded, profile = case.loaded, case.profile
     positions = [
@@ -125,7 +121,7 @@ def _stressed(
     return Stressed(
         suspect=Side(loaded=loaded, entered=nullcontext),
         repaired=Side(loaded=repaired[0], entered=repaired[1]),
-        base=None if base is None else Side(loaded=base, entered=nullcontext),
+        base=None if case.base is None else Side(loaded=case.base, entered=nullcontext),
         pairs=pairs,
         taught=taught,
         payloads=payloads,

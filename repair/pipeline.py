@@ -53,7 +53,6 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
     clock = Clock(reporter)
     with _opened(request, folder, clock) as case:
         check_request(request, case.loaded.modules)
-        base = _open_base(request, folder, case, clock)
         drop_results(folder)
         material, baseline = measure_before(case, clock)
         outcome = Outcome(
@@ -114,14 +113,12 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
         stored = getattr(torch, case.loaded.staged.dtype)
         merged = merged_weights(case.loaded.model, repaired.updates, stored=stored)
         inside = partial(swap_weights, case.loaded.model, merged)
-        stresses = stress_repaired(
-            case, (case.loaded, inside), material, baseline, clock, base=base
-        )
+        stresses = stress_repaired(case, (case.loaded, inside), material, baseline, clock)
         oracle = None
-        if base is not None:
+        if case.base is not None:
             with clock.step("oracle", "Comparing with the trusted base"):
                 oracle = compare_with_base(
-                    base,
+                    case.base,
                     case.loaded,
                     inside,
                     material=material,
@@ -212,9 +209,7 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
                 baseline=baseline,
                 progress=reporter.progress,
             )
-        stresses = stress_repaired(
-            case, (candidate, nullcontext), material, baseline, clock, base=None
-        )
+        stresses = stress_repaired(case, (candidate, nullcontext), material, baseline, clock)
         gates = build_gates(
             baseline.evaluation,
             after,
@@ -258,6 +253,8 @@ def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[
             )
             for finding in loaded.staged.findings:
                 clock.reporter.note(finding)
+        base = _open_base(request, folder, loaded, clock)
+        with clock.step("load", "Checking the prompts"):
             case = open_case(
                 loaded,
                 prompt_file_from_json(request["prompts"]),
@@ -265,7 +262,7 @@ def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[
                 seed=request.get("seed", 0),
                 reporter=clock.reporter,
             )
-        yield case
+        yield replace(case, base=base)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -275,7 +272,7 @@ def _stage_folder(folder: Path) -> Path:
 
 
 def _open_base(
-    request: Mapping[str, Any], folder: Path, case: Case, clock: Clock
+    request: Mapping[str, Any], folder: Path, loaded: LoadedModel, clock: Clock
 ) -> LoadedModel | None:
     """Return the base model that the analyst trusts, checked beside the suspect, if any."""
     if not request.get("trusted_base"):
@@ -284,10 +281,10 @@ def _open_base(
         base = load_model(
             request["trusted_base"],
             stage_folder=_stage_folder(folder) / "base",
-            device=case.loaded.device,
-            dtype=case.loaded.dtype,
+            device=loaded.device,
+            dtype=loaded.dtype,
         )
-        check_base(case.loaded, base)
+        check_base(loaded, base)
     return base
 
 

@@ -68,7 +68,7 @@ def last_line(capsys) -> dict:
         (["--export", "gguf"], "merged, adapter"),
         (["--method", "magic"], "invalid choice"),
         (["--profile", "huge"], "invalid choice"),
-        (["--trusted-base", "x"], "not available yet"),
+        (["--trusted-base", "x"], "Give a model folder"),
         (["--adapter-base", "x"], "not available yet"),
         (["--resume", "--overwrite"], "contradict"),
         (["--unknown"], "nrecognized"),
