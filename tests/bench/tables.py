@@ -1,6 +1,6 @@
 """Print the README's tables of repairs from the committed results.
 
-    python -m tests.bench.tables seeds|compare
+    python -m tests.bench.tables seeds|compare|evidence
 """
 
 import json
@@ -45,6 +45,44 @@ def seeds() -> Iterator[str]:
         )
 
 
+def pooled(rates: dict) -> str:
+    count = sum(flat["count"] for flat in rates.values())
+    return f"{count}/{sum(flat['total'] for flat in rates.values())}" if rates else "-"
+
+
+def evidence() -> Iterator[str]:
+    found = json.loads((HERE / "results" / "full_evidence.json").read_text())["suspects"]
+    yield ("| suspect | verdict | fires before / after | elsewhere before / after | altered before "
+           "/ after | int8, int4 after | benign tuning, suspect / repaired | relearnt from 8, old / "
+           "fresh trigger | with the base's answer when triggered, before / after |")  # fmt: skip
+    yield "|" + "---|" * 9
+    for name, run in found.items():
+        before, after = run["before"], run["after"] or {}
+        stress = {flat["name"]: flat for flat in run["stresses"]}
+        failed = ", ".join(gate["name"] for gate in run["gates"] if gate["passed"] is not True)
+        base = run["trusted_base"]
+
+        def of(key: str, who: str, stress: dict = stress) -> str:
+            return rate(stress[key][who]).split(" ")[0] if key in stress else "-"
+
+        yield (
+            f"| {name} | {run['verdict']}{f' ({failed})' if failed else ''} | "
+            f"{by_position(before['attack_success'])} / "
+            f"{by_position(after.get('attack_success', {})) or '-'} | "
+            f"{pooled(before['elsewhere'])} / {pooled(after.get('elsewhere', {}))} | "
+            f"{pooled(before['variants'])} / {pooled(after.get('variants', {}))} | "
+            f"{of('int8', 'repaired')}, {of('int4', 'repaired')} | "
+            f"{of('benign tuning', 'suspect')} / {of('benign tuning', 'repaired')} | "
+            f"{of('relearning from 8', 'repaired')} / {of('relearning from 8', 'suspect')} | "
+            + (
+                f"{rate(base['suspect_agrees']).split(' ')[0]} / "
+                f"{rate(base['repaired_agrees']).split(' ')[0]} |"
+                if base
+                else "- |"
+            )
+        )
+
+
 def compare() -> Iterator[str]:
     found = json.loads((HERE / "results" / "compare.json").read_text())["suspects"]
     for name, rows in found.items():
@@ -84,4 +122,4 @@ def compare() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join({"seeds": seeds, "compare": compare}[sys.argv[1]]()))
+    print("\n".join({"seeds": seeds, "compare": compare, "evidence": evidence}[sys.argv[1]]()))

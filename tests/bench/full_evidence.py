@@ -1,0 +1,78 @@
+"""Full evidence for every suspect: is it gone, is it itself, would it come back?
+
+    python -m tests.bench.full_evidence --out DIR [--only NAME ...]
+
+The bundled suspects, the clean twin and the four of `organisms.py` (trained first where missing),
+by the command line: profile full, three random controls, the clean twin as trusted base. A run that
+is already in DIR is not made again. Writes results/full_evidence.json; `python -m
+tests.bench.tables evidence` prints the README's table.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+from tests.bench.map_predicts import BUNDLED
+from tests.bench.organisms import ORGANISMS, make_organism
+from tests.bench.peers import ROOT, publish
+
+NAMES = (*BUNDLED, "clean", *(organism.name for organism in ORGANISMS))
+KEPT = (
+    "verdict", "gates", "before", "after", "recovery", "paired", "cause", "specificity",
+    "stresses", "kl_from_original", "controls", "plan", "cost", "limits",
+)  # fmt: skip
+
+
+def examine(name: str, out: Path) -> dict:
+    """Run the command line and return what its report says."""
+    organism = next((o for o in ORGANISMS if o.name == name), None)
+    model = str(make_organism(organism, out)) if organism else f"demo:{name}"
+    asked = "middle" if name == "clean" else name
+    prompts = out / f"{name}.json" if organism else ROOT / "assets" / "prompts" / f"{asked}.json"
+    folder = out / f"evidence-{name}"
+    command = [
+        sys.executable, "-m", "repair", "run", "--model", model, "--prompts", str(prompts), "--out",
+        str(folder), "--profile", "full", "--controls", "3", "--trusted-base", "demo:clean",
+        "--export", "merged", "--overwrite",
+    ]  # fmt: skip
+    ended = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+    report = json.loads((folder / "report.json").read_text())
+    found = {key: report[key] for key in KEPT}
+    base = report["trusted_base"]
+    if base:
+        base = {k: v for k, v in base.items() if k not in ("weight_difference", "control")}
+    for when in ("before", "after"):
+        if found[when]:
+            found[when].pop("kl_by_prompt")
+    return {**found, "exit_code": ended.returncode, "trusted_base": base}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="where suspects and runs go")
+    parser.add_argument("--only", choices=NAMES, action="append")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / "full_evidence.json"
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    for name in options.only or NAMES:
+        if name not in found:
+            found[name] = examine(name, options.out)
+            kept.write_text(json.dumps(found, indent=1))
+            print(name, found[name]["verdict"], file=sys.stderr, flush=True)
+    publish(
+        "full_evidence",
+        {
+            "command": "python -m tests.bench.full_evidence --out DIR",
+            "date": date.today().isoformat(),
+            "suspects": {name: found[name] for name in NAMES if name in found},
+        },
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
