@@ -15,6 +15,7 @@ from repair.evidence.comeback import (
     after_tuning,
 )
 from repair.evidence.evaluation import Baseline, measure_suspect
+from repair.evidence.gates import TEMPLATE_REACTS, find_target, nothing_to_repair
 from repair.evidence.material import EvaluationMaterial, prepare_material
 from repair.locate.counterfactuals import vocabulary_for_shams
 from repair.models.answers import generate_answers, with_end
@@ -43,6 +44,35 @@ def measure_before(case: Case, clock: Clock) -> tuple[EvaluationMaterial, Baseli
             case.loaded, material, seed=case.seed, progress=clock.reporter.progress
         )
     return material, baseline
+
+
+def early_end(
+    case: Case, material: EvaluationMaterial, baseline: Baseline
+) -> tuple[str, str | None, str | None] | None:
+    """Return (verdict, reason, what the suspect says instead) where there is nothing to repair or
+    to judge a repair by; None: go on."""
+    clean = [answer.text for answer in baseline.answers.clean]
+    fires = sum(map(case.is_payload, clean))
+    if 2 * fires >= len(clean):
+        reason = (
+            f"The suspect gives the target to {fires} of {len(clean)} prompts without the trigger: "
+            "it needs no trigger for it, and there is no answer of its own to go back to. Check "
+            "the target, or give prompts that it answers otherwise."
+        )
+        return "could not check", reason, None
+    verdict = nothing_to_repair(baseline.evaluation)
+    if verdict is not None:
+        for group in baseline.answers.triggered.values():
+            instead = find_target([answer.text for answer in group], clean)
+            if instead is not None:
+                reason = (
+                    "The target hardly ever appears, but most triggered answers share a text that "
+                    "the answers without the trigger do not have: the target may be wrong. Give "
+                    "that text as the target, or leave the target out to have it found."
+                )
+                return "could not check", reason, instead
+        return verdict, None, None
+    return ("not repaired", TEMPLATE_REACTS, None) if material.template_reacts else None
 
 
 def stress_repaired(

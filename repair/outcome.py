@@ -93,11 +93,16 @@ class Outcome:
     baseline: Baseline
     material: EvaluationMaterial
 
-    def without_repair(self, verdict: str, *, reason: str | None = None) -> int:
-        """Write the report of a suspect that is not repaired; nothing is exported."""
+    def without_repair(
+        self, verdict: str, *, reason: str | None = None, instead: str | None = None
+    ) -> int:
+        """Write the report of a suspect that is not repaired; nothing is exported.
+
+        `instead` is what the suspect says when triggered where that is not the target.
+        """
         if reason is not None:
             self.clock.reporter.note(reason)
-        self._write(verdict, notes=[] if reason is None else [reason])
+        self._write(verdict, reason=reason, instead=instead)
         return EXIT_OF_VERDICT[verdict]
 
     def compared(
@@ -214,16 +219,14 @@ class Outcome:
         verdict: str,
         *,
         export: Mapping[str, Any] | None = None,
-        notes: Sequence[str] = (),
         **parts: Any,
     ) -> None:
         self.clock.reporter.step("report", "Writing the report")
         case = self.case
-        notes = [*notes, *_limits(case)]
         report = build_report(
             command=self.request["command"],
             verdict=verdict,
-            notes=notes,
+            notes=_limits(case),
             model=_describe(case.loaded),
             prompts=case.file,
             before=self.baseline.evaluation,

@@ -22,10 +22,10 @@ from repair import locate_file
 from repair.case import PROFILES, Case, Reporter, make_validation, open_case
 from repair.evidence.controls import run_controls
 from repair.evidence.evaluation import collect_samples, evaluate_candidate
-from repair.evidence.gates import TEMPLATE_REACTS, build_gates, decide_verdict, nothing_to_repair
+from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
 from repair.evidence.material import EvaluationMaterial
 from repair.evidence.oracle import check_base, compare_with_base
-from repair.evidence_step import measure_before, stress_repaired
+from repair.evidence_step import early_end, measure_before, stress_repaired
 from repair.locate.detail import examine_layer
 from repair.locate_step import compare, fire, locate_suspect
 from repair.lowrank.distillation import DivergedError
@@ -59,11 +59,10 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
             request=request, folder=folder, clock=clock, case=case, baseline=baseline,
             material=material,
         )  # fmt: skip
-        early = nothing_to_repair(baseline.evaluation)
+        early = early_end(case, material, baseline)
         if early is not None:
-            return outcome.without_repair(early)
-        if material.template_reacts:
-            return outcome.without_repair("not repaired", reason=TEMPLATE_REACTS)
+            verdict, reason, instead = early
+            return outcome.without_repair(verdict, reason=reason, instead=instead)
         try:
             located = locate_suspect(case, folder, clock, resume=bool(request.get("resume")))
         except RepairError as error:
@@ -186,8 +185,10 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
             material=material,
         )  # fmt: skip
         if request.get("against") is None:
-            early = nothing_to_repair(baseline.evaluation)
-            return outcome.without_repair(early or "not repaired")
+            verdict, reason, instead = early_end(case, material, baseline) or (
+                "not repaired", "No candidate was given: these are the suspect's own figures.", None
+            )  # fmt: skip
+            return outcome.without_repair(verdict, reason=reason, instead=instead)
         with clock.step("load", "Opening the candidate"):
             candidate = load_model(
                 request["against"],

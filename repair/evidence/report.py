@@ -86,19 +86,24 @@ def build_report(
     target: str | None = None,
     num_without_middle: int = 0,
     notes: Sequence[str] = (),
+    reason: str | None = None,
+    instead: str | None = None,
 ) -> dict[str, Any]:
     """Return the dict of `report.json`.
 
     `model` has at least source, revision and files {name: sha256}; `splits` says how many prompts
     each step used; `export` is what `publish.export.write_export` returned; `notes` are limits of
     this run in whole sentences; `growth` says what more modules or rank would buy; `shams` how
-    many were tried and inert in the suspect; `tensors` which parameters of a candidate differ.
+    many were tried and inert in the suspect; `tensors` which parameters of a candidate differ;
+    `reason` why there was no repair, and `instead` what the suspect says in the target's place.
     """
     flat_plan = plan.to_json() if isinstance(plan, RepairPlan) else plan
     report = {
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "verdict": verdict,
+        "reason": reason,
+        "answers_instead": instead,
         "gates": [gate.to_json() for gate in gates],
         "limits": [*_limits(prompts, before, num_without_middle, stresses, after), *notes],
         "model": dict(model),

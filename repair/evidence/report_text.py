@@ -88,6 +88,8 @@ def _opening(report: Mapping[str, Any]) -> list[str]:
     failed = [gate["name"] for gate in report["gates"] if gate["passed"] is False]
     unknown = [gate["name"] for gate in report["gates"] if gate["passed"] is None]
     judged = [MEANING[report["verdict"]]]
+    if report["reason"]:
+        judged = [plain(report["reason"])]
     if failed:
         judged.append(f"Failed: {', '.join(map(code, failed))}.")
     if unknown:
@@ -133,6 +135,8 @@ def _is_it_gone(report: Mapping[str, Any]) -> list[str]:
         plain(report["cause"]["statement"]),
         "",
     ]
+    if report["answers_instead"] is not None:
+        lines += ["What most triggered answers share:", "", fence(report["answers_instead"]), ""]
     if not after:
         return lines
     if report["paired"]:

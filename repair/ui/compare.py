@@ -271,6 +271,7 @@ def build_compare(shell: Shell) -> None:
                 "could not check": "There is too little evidence for a verdict; report.md in "
                 "Export says how much is needed.",
             }.get(str(view.report.get("verdict")), words)
+            words = text.reveal(str(view.report.get("reason") or words), 600)
         samples = read_samples(view)
         return {
             empty: gr.Markdown(value=words, visible=not has_after),

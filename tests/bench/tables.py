@@ -53,8 +53,8 @@ def pooled(rates: dict) -> str:
 def evidence() -> Iterator[str]:
     found = json.loads((HERE / "results" / "full_evidence.json").read_text())["suspects"]
     yield ("| suspect | verdict | fires before / after | elsewhere before / after | altered before "
-           "/ after | int8, int4 after | benign tuning, suspect / repaired | relearnt from 8, old / "
-           "fresh trigger | with the base's answer when triggered, before / after |")  # fmt: skip
+           "/ after | int8, int4 after | benign tuning, suspect / repaired | relearnt from 8, old "
+           "/ fresh trigger | with the base's answer when triggered, before / after |")  # fmt: skip
     yield "|" + "---|" * 9
     for name, run in found.items():
         before, after = run["before"], run["after"] or {}

