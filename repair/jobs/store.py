@@ -23,6 +23,7 @@ STATES = ("queued", "running", "done", "failed", "stopped")
 MAX_JSON_BYTES = 64 * 2**20
 MAX_EVENT_BYTES = 64 * 2**10
 MAX_READ_BYTES = 4 * 2**20  # of events, in one call
+MAX_NAME, MAX_NOTE = 120, 4000
 JOB_ID = re.compile(r"[0-9a-f]{32}")
 
 # What a finished run leaves behind; a changed plan must never be shown beside it.
@@ -57,6 +58,8 @@ class JobSummary:
     trigger: str
     status: JobStatus
     modified: float
+    name: str = ""  # the owner's own words
+    note: str = ""
 
 
 def now() -> str:
@@ -175,7 +178,10 @@ def summarize(folder: Path, *, modified: float) -> JobSummary:
     request = read_object(folder / "request.json")
     prompts = request.get("prompts")
     triggers = prompts.get("triggers") if isinstance(prompts, dict) else None
+    words = read_object(folder / "case.json")
     return JobSummary(
+        name=str(words.get("name", "")),
+        note=str(words.get("note", "")),
         job_id=folder.name,
         command=str(request.get("command", "")),
         model=str(request.get("model", "")),
@@ -183,6 +189,28 @@ def summarize(folder: Path, *, modified: float) -> JobSummary:
         status=read_status(folder),
         modified=modified,
     )
+
+
+def describe_job(folder: Path, *, name: str, note: str) -> None:
+    """Keep the owner's name and note for a job; raises RepairError for too long ones."""
+    if len(name) > MAX_NAME or len(note) > MAX_NOTE:
+        raise RepairError(
+            f"A name of {len(name)} and a note of {len(note)} characters were given; at most "
+            f"{MAX_NAME} and {MAX_NOTE} are kept. Shorten them."
+        )
+    write_json(folder / "case.json", {"name": name, "note": note})
+
+
+def delete_job(root: Path, job_id: object, *, owner: str) -> None:
+    """Delete an idle job with all its files; raises RepairError for a running one."""
+    folder = find_job(root, job_id, owner=owner)
+    status = read_status(folder)
+    if status.is_active and (status.pid is None or is_alive(status)):
+        raise RepairError("This job is waiting or running. Stop it first, then delete it.")
+    # Out of sight in one step: a list of jobs must not meet half a folder.
+    aside = root / f".deleted-{folder.name}"
+    os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def replace_request(

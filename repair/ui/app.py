@@ -16,6 +16,7 @@ import gradio as gr
 
 from repair.jobs.supervisor import Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
+from repair.ui.cases import build_cases
 from repair.ui.compare import build_compare
 from repair.ui.export import build_export
 from repair.ui.locate import build_locate
@@ -39,6 +40,7 @@ TABS = (
     ("repair", "4 Repair", build_repair),
     ("compare", "5 Compare", build_compare),
     ("export", "6 Export", build_export),
+    ("cases", "Cases", build_cases),
 )
 
 
@@ -52,7 +54,7 @@ def build_app(settings: Settings, *, storage_secret: str) -> gr.Blocks:
         tabs = {}
         with gr.Tabs(selected="suspect", elem_id="steps") as shell.tabs:
             for name, words, build in TABS:
-                is_open = name == "suspect"
+                is_open = name in ("suspect", "cases")
                 with gr.Tab(words, id=name, elem_id=f"tab-{name}", interactive=is_open) as tab:
                     build(shell)
                 tabs[name] = tab
@@ -73,6 +75,7 @@ def draw_tabs(tabs: dict[str, gr.Tab]):
             "repair": bool(view.scores),
             "compare": bool(view.report),
             "export": bool(view.report),
+            "cases": True,
         }
         return {tabs[name]: gr.Tab(interactive=is_open[name]) for name in tabs}
 

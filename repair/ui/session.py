@@ -102,6 +102,7 @@ class View:
     """Everything the screens need for one rendering."""
 
     session: Session
+    owner: str
     folder: Path | None
     request: dict[str, Any]
     status: JobStatus | None
@@ -173,7 +174,7 @@ def look(settings: Settings, session: Session, request: gr.Request | None) -> Vi
     folder = open_folder(settings, session, request)
     if folder is None:
         return View(
-            session=dataclasses.replace(session, job_id=None),
+            session=dataclasses.replace(session, job_id=None), owner=owner_of(request),
             folder=None, request={}, status=None, log=JobLog(), num_before=0, scores=(),
             located={}, detail={}, report={},
         )  # fmt: skip
@@ -187,6 +188,7 @@ def look(settings: Settings, session: Session, request: gr.Request | None) -> Vi
     )
     return View(
         session=session,
+        owner=owner_of(request),
         folder=folder,
         request=asked,
         status=status,

@@ -91,12 +91,14 @@ class Shell:
         inputs: Sequence[Any] = (),
         problem: gr.Textbox,
         is_opening: bool = False,
+        redraws: str | None = None,
         needs: Callable[..., bool] | None = None,
     ) -> None:
         """Call `act(session, selection, request, *values)` on the events, then draw everything.
 
         A RepairError is shown in `problem`, and nothing else changes. Nothing at all happens
-        when `needs(view, *values)` says no: for events that come with every keystroke.
+        when `needs(view, *values)` says no: for events that come with every keystroke. `redraws`
+        names a tab whose `on_tab` is drawn afterwards as well.
         """
 
         def handle(
@@ -114,14 +116,22 @@ class Shell:
             return {**updates, problem: gr.Textbox(value="", visible=False)}
 
         def wire() -> None:
-            gr.on(
+            options = {"show_progress": "hidden", "api_visibility": "private"}
+            done = gr.on(
                 list(events),
                 handle,
                 inputs=[self.session, self.selection, *inputs],
                 outputs=list(dict.fromkeys([*self.outputs, problem])),
-                show_progress="hidden",
-                api_visibility="private",
+                **options,
             )
+            if redraws is not None:
+                components, draw = self.on_tab[redraws]
+                done.then(
+                    open_tab(self, draw),
+                    inputs=[self.session, self.selection],
+                    outputs=list(components),
+                    **options,
+                )
 
         self.wiring.append(wire)
 

@@ -1,6 +1,5 @@
 """Tab 1: which model is suspected. Reads small JSON files beside the weights, never a weight."""
 
-import datetime
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +122,6 @@ def read_card(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def describe_jobs(shell: Shell, request: gr.Request) -> list[tuple[str, str]]:
-    """Return this owner's jobs for the list of earlier jobs."""
-    choices = []
-    for job in store.list_jobs(shell.settings.jobs_root, owner=owner_of(request)):
-        when = datetime.datetime.fromtimestamp(job.modified).strftime("%d %b %H:%M")
-        result = job.status.verdict or text.STATE_WORDS[job.status.state].lower()
-        words = f"{when}, {Path(job.model).name}, {text.reveal(job.trigger, 40)}: {result}"
-        choices.append((f"{words} [{job.job_id[:8]}]", job.job_id))
-    return choices
-
-
 def build_suspect(shell: Shell) -> None:
     """Build and wire the tab."""
     choices = bundled_choices()
@@ -144,10 +132,12 @@ def build_suspect(shell: Shell) -> None:
                 choices, label="Bundled suspects", elem_id="bundled", visible=bool(choices),
                 info="Small models with a known backdoor, to see how the app works.",
             )  # fmt: skip
-            example = gr.Button(
-                "Look at a finished example", elem_id="example",
-                visible=(EXAMPLE / "report.json").is_file(),
-            )  # fmt: skip
+            with gr.Row():
+                example = gr.Button(
+                    "Look at a finished example", elem_id="example", min_width=180,
+                    visible=(EXAMPLE / "report.json").is_file(),
+                )  # fmt: skip
+                earlier = gr.Button("Earlier cases", elem_id="to-cases", min_width=140)
             if not choices:
                 gr.Markdown("The bundled suspects are not built in this installation.")
             root = shell.settings.models_root
@@ -184,16 +174,6 @@ def build_suspect(shell: Shell) -> None:
             go_on = gr.Button(
                 "Next: prompts", variant="primary", visible=False, elem_id="to-prompts"
             )
-    with gr.Accordion("Earlier jobs", open=False, elem_id="earlier") as earlier:
-        jobs = gr.Dropdown([], label="Your jobs, the latest first", elem_id="jobs")
-        job_id = gr.Textbox(
-            label="Or paste a job id", max_length=32, placeholder="32 characters", elem_id="job-id"
-        )
-        shown_id = gr.Textbox(
-            label="Id of the job on screen", interactive=False, visible=False, buttons=["copy"]
-        )
-        open_job = gr.Button("Open", elem_id="open-job")
-
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
         model = view.session.model
         rows, words = [], ""
@@ -208,7 +188,6 @@ def build_suspect(shell: Shell) -> None:
             card: gr.Textbox(value=words, visible=bool(words)),
             facts: gr.Dataframe(value=rows, visible=bool(rows)),
             go_on: gr.Button(visible=bool(rows)),
-            shown_id: gr.Textbox(value=view.session.job_id, visible=bool(view.session.job_id)),
             bundled: gr.Radio(interactive=not view.is_active),
             example: gr.Button(interactive=not view.is_active),
         }
@@ -225,7 +204,7 @@ def build_suspect(shell: Shell) -> None:
         return updates
 
     fields = [path, use] if root is not None else []
-    shell.add(draw, [empty, card, facts, go_on, shown_id, bundled, example, *fields])
+    shell.add(draw, [empty, card, facts, go_on, bundled, example, *fields])
 
     def choose(
         session: Session, selection: Selection, request: gr.Request, model: Any
@@ -238,14 +217,6 @@ def build_suspect(shell: Shell) -> None:
         # Everything downstream was about another model.
         return Session(model=source, prompts=session.prompts), Selection()
 
-    def reopen(
-        session: Session, selection: Selection, request: gr.Request, chosen: Any, pasted: Any
-    ) -> tuple[Session, Selection]:
-        wanted = str(pasted or "").strip() or chosen
-        store.find_job(shell.settings.jobs_root, wanted, owner=owner_of(request))
-        session, view = resume_session(shell.settings, wanted, request)
-        return session, chosen_before(view)
-
     def show_example(
         session: Session, selection: Selection, request: gr.Request
     ) -> tuple[Session, Selection]:
@@ -255,18 +226,10 @@ def build_suspect(shell: Shell) -> None:
         )
         return session, chosen_before(view)
 
-    def list_earlier(request: gr.Request) -> Updates:
-        return {jobs: gr.Dropdown(choices=describe_jobs(shell, request))}
-
     shell.listen(bundled.input, act=choose, inputs=[bundled], problem=problem)
     if root is not None:
         shell.listen(use.click, path.submit, act=choose, inputs=[path], problem=problem)
-    shell.listen(
-        open_job.click, act=reopen, inputs=[jobs, job_id], problem=problem, is_opening=True
-    )
     shell.listen(example.click, act=show_example, problem=problem, is_opening=True)
     shell.go_to(example, "compare")
+    shell.go_to(earlier, "cases")
     shell.go_to(go_on, "prompts")
-    earlier.expand(
-        list_earlier, outputs=[jobs], show_progress="hidden", api_visibility="private"
-    )

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from repair.prompts import prompt_file_from_json
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHOTS = Path(__file__).parent / "shots"
 START_SECONDS = 30
@@ -236,10 +238,10 @@ def look_at_a_phone(browser: Browser, address: str, page: Page, problems: list[s
     phone = open_page(
         browser, address, problems, viewport={"width": 390, "height": 844}, color_scheme="dark"
     )
-    phone.locator("#earlier button").first.click()
+    phone.click("#to-cases")
     phone.locator("#job-id textarea, #job-id input").first.fill("../../etc")
     phone.click("#open-job")
-    wait_for_value(phone, "#suspect-problem", "No such job")
+    wait_for_value(phone, "#cases-problem", "No such job")
     phone.locator("#job-id textarea, #job-id input").first.fill(job_id)
     phone.click("#open-job")
     wait_for_value(phone, "#fact-verdict", "epaired")
@@ -299,7 +301,33 @@ def test_a_first_visitor_sees_a_finished_example(browser: Browser, address: str)
     # It is a job of the visitor's own now: it can be repaired again.
     page.locator("button[role=tab]", has_text="4 Repair").click()
     expect(page.locator("#start")).to_be_enabled()
+    keep_a_case(page)
     assert problems == []
+
+
+def keep_a_case(page: Page) -> None:
+    """Name the case, open it by its row, and delete it: it is gone from the list and the disk."""
+    page.locator("button[role=tab]", has_text="Cases").click()
+    cases = page.locator("#cases")
+    cases.locator("[data-testid='cell-0-1']").click()
+    expect(page.locator("#job-id textarea, #job-id input").first).not_to_have_value("")
+    job_id = value_of(page, "#job-id")
+    page.locator("#case-name input, #case-name textarea").first.fill("Ticket 7 <b>x</b>")
+    page.locator("#case-note textarea").first.fill("seen by two of us")
+    page.click("#save-case")
+    expect(cases).to_contain_text("Ticket 7 <b>x</b>")
+    take_shot(page, "9_cases")
+    with page.expect_download() as download:
+        page.click("#template")
+    file = prompt_file_from_json(json.loads(Path(download.value.path()).read_text()))
+    assert file.triggers and file.ordinary and file.texts
+    page.click("#delete-case")
+    page.click("#delete-sure")
+    expect(cases).to_be_hidden()  # there was no other
+    wait_for_value(page, "#fact-job", "No job yet")
+    page.locator("#job-id textarea, #job-id input").first.fill(job_id)
+    page.click("#open-job")
+    wait_for_value(page, "#cases-problem", "No such job")
 
 
 def test_two_browsers_see_two_sessions(browser: Browser, address: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 
 import pytest
@@ -103,3 +104,35 @@ def test_a_broken_or_huge_file_is_no_answer(tmp_path):
         assert store.read_status(tmp_path).state == "queued"
     path.write_bytes(b'"' + b"x" * 100 + b'"')
     assert store.read_json(path, max_bytes=10) is None
+
+
+def test_a_case_has_words_of_its_owner_and_can_be_deleted(tmp_path):
+    job_id = store.create_job(tmp_path, {"command": "run", "model": "demo:end"}, owner="a")
+    other = store.create_job(tmp_path, {"command": "run", "model": "demo:end"}, owner="b")
+    store.describe_job(tmp_path / job_id, name="Ticket 7", note="seen")
+    (job,) = store.list_jobs(tmp_path, owner="a")
+    assert (job.name, job.note) == ("Ticket 7", "seen")
+    with pytest.raises(RepairError, match="Shorten"):
+        store.describe_job(tmp_path / job_id, name="x" * 121, note="")
+    with pytest.raises(RepairError, match="No such job"):
+        store.delete_job(tmp_path, other, owner="a")
+    status = store.JobStatus(
+        state="running", pid=os.getpid(), pid_started=store.process_started(os.getpid())
+    )
+    store.write_status(tmp_path / job_id, status)
+    with pytest.raises(RepairError, match="Stop it first"):
+        store.delete_job(tmp_path, job_id, owner="a")
+    store.write_status(tmp_path / job_id, store.JobStatus(state="stopped"))
+    store.delete_job(tmp_path, job_id, owner="a")
+    assert [path.name for path in tmp_path.iterdir()] == [other]
+
+
+def test_a_finished_folder_becomes_a_job_of_its_visitor(tmp_path):
+    finished, root = tmp_path / "finished", tmp_path / "jobs"
+    finished.mkdir()
+    store.write_json(finished / "request.json", {"command": "run", "model": "demo:middle"})
+    store.write_status(finished, store.JobStatus(state="done", verdict="repaired"))
+    job_id = store.adopt_job(root, finished, owner="a")
+    assert store.find_job(root, job_id, owner="a") == root / job_id
+    assert [job.status.verdict for job in store.list_jobs(root, owner="a")] == ["repaired"]
+    assert not store.list_jobs(root, owner="b")
