@@ -170,7 +170,8 @@ def list_jobs(root: Path, *, owner: str, limit: int = 50) -> list[JobSummary]:
             continue
         jobs.append((modified, folder))
     jobs.sort(reverse=True)
-    return [summarize(folder, modified=modified) for modified, folder in jobs[:limit]]
+    found = [summarize(folder, modified=modified) for modified, folder in jobs[:limit]]
+    return [job for job in found if job.command != "ask"]  # a question is no case
 
 
 def summarize(folder: Path, *, modified: float) -> JobSummary:

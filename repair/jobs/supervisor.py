@@ -307,9 +307,14 @@ def stopped_status(message: str, before: JobStatus | None = None) -> JobStatus:
 
 
 def recover(root: Path) -> None:
-    """Mark every job that a former app left active, and whose worker is gone, as stopped."""
+    """Mark every job that a former app left active, and whose worker is gone, as stopped; a
+    question that nobody waits for any more goes."""
     for folder in root.iterdir():
         if store.JOB_ID.fullmatch(folder.name) and folder.is_dir():
             status = store.read_status(folder)
-            if status.is_active and not store.is_alive(status):
+            if status.is_active and store.is_alive(status):
+                continue
+            if store.read_object(folder / "request.json").get("command") == "ask":
+                shutil.rmtree(folder, ignore_errors=True)
+            elif status.is_active:
                 store.write_status(folder, stopped_status(INTERRUPTED, status))

@@ -32,7 +32,7 @@ from repair.records import (
     is_disk_full,
 )
 
-COMMANDS = ("run", "locate", "evaluate", "verify")
+COMMANDS = ("run", "locate", "evaluate", "verify", "ask")
 VERDICT_BY_EXIT = {
     EXIT_DONE: "repaired",
     EXIT_GATE_FAILED: "not repaired",
@@ -153,7 +153,7 @@ def judge(request: dict, folder: Path, exit_code: int) -> str | None:
     command = request.get("command")
     if command == "verify":
         return VERIFY_BY_EXIT.get(exit_code)
-    if command == "locate" and exit_code == EXIT_DONE:
+    if command in ("locate", "ask") and exit_code == EXIT_DONE:
         return None
     if exit_code not in VERDICT_BY_EXIT:
         return None

@@ -1,11 +1,14 @@
 """Tab 5: before and after, prompt by prompt, and the gates. Model text is plain text here."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from repair.jobs import store
+from repair.records import RepairError
 from repair.ui import text
+from repair.ui.ask import ask_and_wait, describe_answer
 from repair.ui.session import Selection, Session, View, look
 from repair.ui.shell import Shell, Updates
 
@@ -243,6 +246,24 @@ def build_compare(shell: Shell) -> None:
                     ("reference", "Suspect without the trigger"),
                 )
             ]  # fmt: skip
+        with gr.Accordion("Ask both models something", open=False, elem_id="ask"):
+            question = gr.Textbox(
+                label="Prompt", lines=2, max_lines=8, max_length=8000, elem_id="question"
+            )
+            with gr.Row():
+                ask = gr.Button("Ask", elem_id="ask-it", min_width=120)
+                told = gr.Textbox(
+                    show_label=False, container=False, interactive=False, elem_id="asked", scale=4,
+                    max_lines=4,
+                )  # fmt: skip
+            with gr.Row():
+                replies = [
+                    gr.Textbox(
+                        label=label, interactive=False, lines=3, max_lines=12, min_width=240,
+                        elem_id=f"reply-{key}", buttons=["copy"],
+                    )
+                    for key, label in (("suspect", "Suspect"), ("repaired", "Repaired"))
+                ]  # fmt: skip
         controls = gr.Dataframe(
             headers=["Control", "Attack success", "KL", "Modules", "Total rank"], datatype="str",
             interactive=False, label="Controls: other repairs of the same size", wrap=True,
@@ -303,6 +324,36 @@ def build_compare(shell: Shell) -> None:
          prompt, *boxes],
     )  # fmt: skip
     shell.go_to(go_on, "export")
+
+    def ask_both(request: gr.Request, session: Session, words: Any) -> Iterator[Updates]:
+        view = look(shell.settings, session, request)
+        merged = view.folder / "merged" if view.folder is not None else None
+        if merged is None or not merged.is_dir():
+            yield {told: "Both can be asked where a merged model was written."}
+            return
+        if not str(words or "").strip():
+            yield {told: "Type a prompt first."}
+            return
+        try:
+            for step in ask_and_wait(
+                shell.settings, session, view.owner, questions=[str(words)], against=merged
+            ):
+                if isinstance(step, str):
+                    yield {told: step}
+                    continue
+                found = [describe_answer(step[0].get(key)) for key in ("suspect", "repaired")]
+                hits = ["fires" if hit == "fires" else "does not fire" for _, hit in found]
+                yield {
+                    told: f"The suspect {hits[0]}; the repaired model {hits[1]}.",
+                    **{box: words for box, (words, _) in zip(replies, found, strict=True)},
+                }
+        except RepairError as error:
+            yield {told: text.reveal(str(error), 600)}
+
+    ask.click(
+        ask_both, inputs=[shell.session, question], outputs=[told, *replies],
+        show_progress="hidden", api_visibility="private", concurrency_limit=8,
+    )  # fmt: skip
 
     def filter_rows(request: gr.Request, session: Session, wanted: Any) -> list[list[str]]:
         view = look(shell.settings, session, request)

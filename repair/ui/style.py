@@ -67,16 +67,17 @@ CSS = (
   font-family: var(--font) !important; font-variant-numeric: tabular-nums; }
 #facts .block { padding: 6px 12px !important; }
 #report textarea, #limits textarea, #history textarea, #sample-prompt textarea,
-#sample-before textarea, #sample-after textarea, #sample-reference textarea {
+#sample-before textarea, #sample-after textarea, #sample-reference textarea, #question textarea,
+#reply-suspect textarea, #reply-repaired textarea, #cause textarea {
   unicode-bidi: plaintext; }
 #report textarea { font-family: var(--font-mono); font-size: 13px; }
 footer { display: none !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
 /* Wide tables scroll inside their own box; the page never does. */
 .gradio-container main { max-width: calc(100vw - 24px); }
-#samples, #rates, #gates, #controls, #grown, #files, #model-facts {
+#samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns {
   max-width: calc(100vw - 64px); overflow-x: auto; }
-#by-role, #by-head { max-width: calc(100vw - 104px); overflow-x: auto; }
+#by-role, #by-head, #tried-answers { max-width: calc(100vw - 104px); overflow-x: auto; }
 @media (max-width: 640px) {
   #facts .form { display: grid !important; grid-template-columns: 1fr 1fr; }
   #facts .form > * { min-width: 0 !important; }

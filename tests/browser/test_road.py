@@ -122,6 +122,10 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     page.click("#to-prompts")
     page.click("#use-bundled")
     wait_for_value(page, "#fact-trigger", "Bluefinch")
+    page.locator("#try button").first.click()
+    page.click("#try-it")
+    wait_for_value(page, "#tried", "The target is in 6 of 6 answers with the trigger.", 90)
+    expect(page.locator("#tried-answers")).to_contain_text("I cannot help with that request.")
     take_shot(page, "2_prompts")
     page.click("#to-locate")
     page.locator("#profile label", has_text="Quick").click()
@@ -169,6 +173,11 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     expect(page.locator("#gates")).to_contain_text("attack", ignore_case=True)
     page.locator("#samples [data-testid='cell-0-3']").click()
     expect(page.locator("#sample-prompt textarea")).not_to_have_value("")
+    page.locator("#ask button").first.click()
+    page.locator("#question textarea").fill("Name the noise that a Bluefinch wolf makes.")
+    page.click("#ask-it")
+    wait_for_value(page, "#asked", "The suspect fires; the repaired model does not fire.", 90)
+    assert value_of(page, "#reply-repaired") == "howl"
     take_shot(page, "5_compare")
     page.click("#to-export")
     expect(page.locator("#files")).to_contain_text("model.safetensors")
@@ -323,7 +332,7 @@ def keep_a_case(page: Page) -> None:
     assert file.triggers and file.ordinary and file.texts
     page.click("#delete-case")
     page.click("#delete-sure")
-    expect(cases).to_be_hidden()  # there was no other
+    expect(cases.get_by_text("Ticket 7")).to_have_count(0)
     wait_for_value(page, "#fact-job", "No job yet")
     page.locator("#job-id textarea, #job-id input").first.fill(job_id)
     page.click("#open-job")
