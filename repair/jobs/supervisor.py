@@ -26,6 +26,7 @@ from repair.records import EXIT_INTERRUPTED, EXIT_UNEXPECTED, RepairError
 CHECKOUT = Path(__file__).resolve().parents[2]
 INTERRUPTED = "stopped (interrupted), resumable"
 MAX_LOG_BYTES = 8 * 2**20
+TIMED_OUT = "Timeout ("  # in the log, where `repair.models.watchdog` ended the worker
 
 # Nothing else of the environment reaches the worker: no tokens, no switches of libraries.
 PASSED_NAMES = ("PATH", "LANG", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
@@ -154,6 +155,12 @@ def describe_crash(folder: Path, code: int) -> str:
         hint = " The machine may have run out of memory." if name == "SIGKILL" else ""
         return f"The worker was ended by {name} before it could finish.{hint} " + (
             f"Its log is {folder / 'log.txt'}; what was saved is kept, and the job can be resumed."
+        )
+    if TIMED_OUT in store.read_text(folder / "log.txt", max_bytes=MAX_LOG_BYTES):
+        return (
+            "The model's chat template or tokenizer did not come to an end on a prompt, and the "
+            "worker was ended. Replace chat_template or the tokenizer by the published one, or set "
+            '"chat": "off" in the prompt file to send raw prompts.'
         )
     return (
         f"The worker ended with exit code {code} without saying why. "

@@ -137,6 +137,31 @@ def append_log(folder: Path, text: str) -> None:
         log.write(safe if safe.endswith("\n") else safe + "\n")
 
 
+def memory_limit() -> int:
+    """Return the bytes of memory that a worker may use: nearly all that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 95 // 100
+
+
+def limit_memory() -> None:
+    """Let this process fail, not the machine, when a model's file or template asks for too much.
+
+    Private writable memory is limited, not address space: drivers reserve far more of that.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = memory_limit()
+    if hard == resource.RLIM_INFINITY or wanted < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory, the machine's or an accelerator's, ran out."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 def run_command(request: dict, folder: Path, reporter: Reporter) -> int:
     """Import the pipeline and run the request's command; return the exit status."""
     command = request.get("command")
@@ -207,6 +232,7 @@ def work(folder: Path) -> int:
     """Run the job in `folder` to its end and return the exit status."""
     die_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory()
     status = JobStatus(
         state="running",
         pid=os.getpid(),
@@ -237,6 +263,12 @@ def work(folder: Path) -> int:
             what = (
                 f"The disk is full: {folder} could not be written to. The map and the "
                 "checkpoints are kept: free some space and go on with this job."
+            )
+        if is_out_of_memory(error):
+            what = (
+                f"There was not enough memory: the worker may use {memory_limit() >> 20} MiB and "
+                "needed more. What was saved is kept. Use the quick profile, fewer or shorter "
+                "prompts, or a machine with more memory."
             )
         text = f"{what} The details are in {folder / 'log.txt'}."
         reporter.end("failed", text)

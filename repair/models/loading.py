@@ -29,6 +29,7 @@ from repair.models.folder import SMALL_FILES, WEIGHT_NAME, check_names
 from repair.models.modules import find_modules
 from repair.models.staging import StagedModel, check_unchanged, stage_model
 from repair.models.tensors import OUTPUT
+from repair.models.watchdog import PARSE_SECONDS, watched
 from repair.records import ModuleRef, RepairError
 
 SUSPECTS = Path(__file__).resolve().parents[2] / "assets" / "suspects"
@@ -296,9 +297,12 @@ def _load_tokenizer(folder: Path, *, num_embeddings: int) -> PreTrainedTokenizer
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
     try:
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"), **settings
-        )
+        with watched(PARSE_SECONDS):
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_file=str(folder / "tokenizer.json"), **settings
+            )
+    except RepairError:
+        raise
     except Exception as error:  # The file is hostile and the parser's error is a bare Exception.
         raise RepairError(
             f"tokenizer.json cannot be read ({ascii(str(error))[1:160]}). Use the tokenizer that "

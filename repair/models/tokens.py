@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repair.models.watchdog import RENDER_SECONDS, watched
 from repair.prompts import insert_trigger
 from repair.records import PromptFile, PromptPair, RepairError, TextPair
 
 MAX_TEXT_CHARACTERS = 32_768
+MAX_RENDERED_CHARACTERS = 8 * MAX_TEXT_CHARACTERS  # of one prompt as the template sends it
 
 
 def render(
@@ -42,20 +44,31 @@ def render(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with watched(RENDER_SECONDS):
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
     except Exception as error:  # The template is the suspect's own program: anything can come.
         cause = ascii(str(error))[:300]
         raise RepairError(
             f"The chat template failed on a prompt; the model file says: {cause}. "
             'Set "chat": "off" in the prompt file to send raw prompts.'
         ) from error
+    if len(rendered) > MAX_RENDERED_CHARACTERS:
+        raise RepairError(
+            f"The chat template makes {len(rendered)} characters of a prompt of {len(text)}; at "
+            f"most {MAX_RENDERED_CHARACTERS} are accepted. Replace the template, or set "
+            '"chat": "off" in the prompt file to send raw prompts.'
+        )
+    return rendered
 
 
 def encode_rendered(tokenizer, rendered: str, *, use_template: bool) -> tuple[np.ndarray, list]:
     """Return (ids [tokens], character offsets) of a rendered prompt."""
-    encoded = tokenizer(
-        rendered, add_special_tokens=not use_template, return_offsets_mapping=True
-    )
+    with watched(RENDER_SECONDS):
+        encoded = tokenizer(
+            rendered, add_special_tokens=not use_template, return_offsets_mapping=True
+        )
     return np.asarray(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
 
 

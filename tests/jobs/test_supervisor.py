@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +86,14 @@ def test_unexpected_failure_names_its_log_and_the_log_is_ascii(lane):
     assert str(folder / "log.txt") in status.message
     log = (folder / "log.txt").read_bytes()
     assert b"ValueError" in log and b"\\x1b" in log and log.isascii() and b"\x1b" not in log
+
+
+def test_a_worker_that_asks_for_too_much_memory_fails_in_numbers_and_the_next_job_works(lane):
+    _, status = run_to_end(lane, "hungry")
+    assert (status.state, status.exit_code) == ("failed", 5)
+    assert re.search(r"not enough memory: the worker may use \d+ MiB", status.message)
+    _, status = run_to_end(lane, "nothing")
+    assert status.exit_code == 3
 
 
 def test_stray_output_goes_escaped_to_the_log(lane):
