@@ -118,15 +118,17 @@ def build_export(shell: Shell) -> None:
             label="report.md", interactive=False, lines=14, max_lines=24, buttons=["copy"],
             elem_id="report",
         )  # fmt: skip
-        with gr.Row():
-            figures = [
-                gr.Image(
-                    label=name, show_label=False, alt_text=words, interactive=False, type="pil",
-                    format="png",
-                    buttons=["download", "fullscreen"], min_width=260, visible=False,
-                )
-                for name, words in FIGURES
-            ]  # fmt: skip
+        figures = []
+        for start in range(0, len(FIGURES), 2):
+            with gr.Row():
+                figures += [
+                    gr.Image(
+                        label=name, show_label=False, alt_text=words, interactive=False,
+                        type="pil", format="png", buttons=["download", "fullscreen"],
+                        min_width=260, visible=False,
+                    )
+                    for name, words in FIGURES[start : start + 2]
+                ]  # fmt: skip
         gr.Markdown(text.LIMITS, elem_id="limits")
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
@@ -144,6 +146,8 @@ def build_export(shell: Shell) -> None:
             "nothing to repair": "Nothing was changed, so no model was written.",
             "could not check": "The evidence supports no verdict, so no model was written.",
         }.get(verdict, "")
+        if verdict == "repaired" and not has_merged and packed is None:
+            words = "No weights are in this folder: they were not asked for, or this is the example."
         updates = {
             empty: gr.Markdown(visible=False),
             body: gr.Column(visible=True),
