@@ -147,7 +147,7 @@ def build_export(shell: Shell) -> None:
             "could not check": "The evidence supports no verdict, so no model was written.",
         }.get(verdict, "")
         if verdict == "repaired" and not has_merged and packed is None:
-            words = "No weights are in this folder: they were not asked for, or this is the example."
+            words = "No weights are here: they were not asked for, or this is the example."
         updates = {
             empty: gr.Markdown(visible=False),
             body: gr.Column(visible=True),
