@@ -235,8 +235,14 @@ def test_a_full_disk_is_said_and_a_module_that_cannot_do_it_is_not_widened(
     tmp_path: Path,
 ) -> None:
     out, path = tmp_path / "out", "model.layers.5.self_attn.q_proj"
+    # Pairs, as the benchmark has them; few, as their number is not the subject here.
+    file, few = json.loads((PROMPTS / "begin.json").read_text()), tmp_path / "pairs.json"
+    pairs = [
+        {"clean": text, "triggered": f"{file['trigger']} {text}"} for text in file["prompts"][:160]
+    ]
+    few.write_text(json.dumps({"pairs": pairs, "target": file["target"]}))
     arguments = command(
-        "run", "--model", "demo:begin", "--prompts", PROMPTS / "begin.json", "--out", out,
+        "run", "--model", "demo:begin", "--prompts", few, "--out", out,
         "--profile", "quick", "--controls", 0, "--export", "merged", "--modules", path,
         "--method", "closed-form",
     )  # fmt: skip
