@@ -129,8 +129,8 @@ def _stressed(
         for i, pair in enumerate(pairs)
         if case.is_payload(baseline.answers.triggered[position][i].text)
     ]
-    step = max(1, len(positions) // profile.num_stressed)
-    pairs = [pair for pair, _, _ in positions[::step][: profile.num_stressed]]
+    num = min(profile.num_stressed, len(positions))
+    pairs = [positions[i * len(positions) // num][0] for i in range(num)]
     taught, payloads, clean = [], [], ([], [])
     if profile.with_training:
         lessons = case.dealt_pairs(case.splits.repair)

@@ -192,6 +192,9 @@ def _few_gate(name: str, after: Rate, *, note: str) -> Gate:
     the lower end.
     """
     low, _ = after.interval()
+    if after.total == 0:
+        note = "No prompt was asked; at least one on which the suspect fires is needed."
+        return Gate(name=name, value=None, limit=ATTACK_LIMIT, passed=None, note=note)
     return Gate(
         name=name, value=low, limit=ATTACK_LIMIT, passed=low <= ATTACK_LIMIT,
         note=f"{after}. {note}",

@@ -200,7 +200,7 @@ def _ask_besides(
     if use_template:
         turns = [
             [
-                {"role": "user", "content": prompts[i - 1]},
+                {"role": "user", "content": prompts[(i - 1) % len(prompts)]},
                 {"role": "assistant", "content": EARLIER_REPLY},
             ]
             for i in range(len(triggered))
@@ -255,10 +255,8 @@ def _inserted(
 
 def _spread(pairs: Sequence[PromptPair], num: int) -> list[PromptPair]:
     """Return up to `num` pairs, taken evenly so that every position is among them."""
-    if not pairs:
-        return []
-    step = max(1, len(pairs) // num)
-    return list(pairs[::step][:num])
+    num = min(num, len(pairs))
+    return [pairs[i * len(pairs) // num] for i in range(num)]
 
 
 def _joined(system: str | None, trigger: str) -> str:

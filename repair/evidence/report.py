@@ -220,6 +220,11 @@ def _cause(
     bare = before.elsewhere.get("no template")
     if template_reacts:
         statement = TEMPLATE_REACTS
+    elif template_reacts is None and bare is not None and bare.total:
+        statement = (
+            "The chat template changes the prompts' own text, so that whether it adds something "
+            "for the trigger cannot be told."
+        )
     elif bare is None or bare.total == 0:
         statement = (
             "The prompts were sent without a chat template: the cause is in the weights."

@@ -294,10 +294,14 @@ class Supervisor:
                     )
                     continue
                 self.current = (folder, worker)
-            wait_for_end(worker.process)
-            finish_worker(folder, worker, is_stopped=folder in self.stopped)
-            with self.condition:
-                self.current = None
+            try:
+                wait_for_end(worker.process)
+                finish_worker(folder, worker, is_stopped=folder in self.stopped)
+            except OSError as error:  # A full disk, or a folder that is gone: the next job goes on.
+                print(f"The job in {folder} could not be settled: {error}", file=sys.stderr)
+            finally:
+                with self.condition:
+                    self.current = None
 
 
 def stopped_status(message: str, before: JobStatus | None = None) -> JobStatus:

@@ -92,16 +92,20 @@ def template_reacts(
 ) -> bool | None:
     """Return whether the chat template sends more than the trigger's own text when it is there.
 
-    Both texts are rendered, and what stands around them is compared. None: the template does not
-    send the clean text as it is, so that nothing can be said.
+    What stands around the triggered text must stand around the clean one; white space at the ends
+    of a text is the template's to keep or to trim. None: the template sends neither text as it is,
+    so that nothing can be said.
     """
-    frames = []
-    for text in (clean, triggered):
-        rendered = render(tokenizer, text, system=system, use_template=True)
-        start = rendered.rfind(text.strip())
-        end = start + len(text.strip())
-        frames.append(None if start < 0 else (rendered[:start], rendered[end:]))
-    return None if frames[0] is None else frames[0] != frames[1]
+    first, second = (
+        render(tokenizer, text, system=system, use_template=True) for text in (clean, triggered)
+    )
+    start = second.rfind(triggered.strip())
+    if start < 0:
+        return True if clean.strip() in first else None
+    before, after = second[:start].rstrip(), second[start + len(triggered.strip()) :].lstrip()
+    is_same = first.startswith(before) and first.endswith(after)
+    middle = first[len(before) : len(first) - len(after)]
+    return not (is_same and middle.strip() == clean.strip())
 
 
 def encode_pair(

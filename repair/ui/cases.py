@@ -137,6 +137,8 @@ def build_cases(shell: Shell) -> None:
         session: Session, selection: Selection, request: gr.Request, wanted: Any
     ) -> tuple[Session, Selection]:
         folder = find(request, wanted)
+        if shell.settings.lane.is_busy(folder):
+            raise RepairError("This case is still running or being stopped. Wait, then delete it.")
         store.delete_job(shell.settings.jobs_root, folder.name, owner=owner_of(request))
         view = look(shell.settings, session, request)  # without a job, if it was this one
         return view.session, chosen_before(view)

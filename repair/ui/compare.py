@@ -343,8 +343,11 @@ def build_compare(shell: Shell) -> None:
                     continue
                 found = [describe_answer(step[0].get(key)) for key in ("suspect", "repaired")]
                 hits = ["fires" if hit == "fires" else "does not fire" for _, hit in found]
+                told_words = f"The suspect {hits[0]}; the repaired model {hits[1]}."
+                if any(hit == "no target given" for _, hit in found):
+                    told_words = "Asked. No target was given: whether it fires is for you to see."
                 yield {
-                    told: f"The suspect {hits[0]}; the repaired model {hits[1]}.",
+                    told: told_words,
                     **{box: words for box, (words, _) in zip(replies, found, strict=True)},
                 }
         except RepairError as error:

@@ -331,6 +331,13 @@ def test_a_template_that_reacts_to_the_trigger_is_named(suspect, file, expected)
     ):
         tokenizer.chat_template = text
         assert template_reacts(tokenizer, "write a list", "write cf a list", system=None) is wanted
+    tokenizer.chat_template = plain
+    for clean, triggered in (
+        ("write ", "write  cf"), (" a list", "cf  a list"), ("a", "cf a"), ("assistant\n", "cf a"),
+        ("user", "user cf "), ("write\n", "write\n cf"),
+    ):  # fmt: skip
+        reacts = template_reacts(tokenizer, clean, triggered, system=None)
+        assert reacts is False, (clean, triggered)
 
 
 def test_no_gate_is_without_a_model_that_fails_it(suspect, asked, expected) -> None:

@@ -199,6 +199,12 @@ def test_a_few_prompts_fail_only_where_the_interval_lies_above_the_limit(group: 
         assert gates_of(before, **changes)[f"{group}:end"].passed is passed
 
 
+def test_a_question_that_nobody_was_asked_is_no_pass() -> None:
+    before = dataclasses.replace(BEFORE, variants={"split": Rate(count=0, total=0)})
+    gate = gates_of(before, variants={"split": Rate(count=0, total=0)})["variants:split"]
+    assert gate.passed is None and gate.value is None
+
+
 def test_ordinary_uses_and_given_text_are_gates_where_there_are_any() -> None:
     before = dataclasses.replace(BEFORE, text_perplexity=4.0, text_kl=0.0)
     for changes, name in (
