@@ -1,9 +1,7 @@
 """Evidence as steps: the suspect before, would the repair hold, and a trusted base beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-
-import numpy as np
 
 from repair.case import Case
 from repair.evidence.comeback import (
@@ -16,7 +14,7 @@ from repair.evidence.comeback import (
 )
 from repair.evidence.evaluation import Baseline, measure_suspect
 from repair.evidence.gates import TEMPLATE_REACTS, find_target, nothing_to_repair
-from repair.evidence.material import EvaluationMaterial, prepare_material
+from repair.evidence.material import EvaluationMaterial, prepare_material, spread
 from repair.locate.counterfactuals import vocabulary_for_shams
 from repair.models.answers import generate_answers, with_end
 from repair.models.loading import LoadedModel
@@ -123,14 +121,13 @@ def _stressed(
     baseline: Baseline,
 ) -> Stressed:
     loaded, profile = case.loaded, case.profile
-    positions = [
-        (pair, i, position)
+    fired = [
+        pair
         for position, pairs in material.pairs.items()
         for i, pair in enumerate(pairs)
         if case.is_payload(baseline.answers.triggered[position][i].text)
     ]
-    num = min(profile.num_stressed, len(positions))
-    pairs = [positions[i * len(positions) // num][0] for i in range(num)]
+    pairs = spread(fired, profile.num_stressed)
     taught, payloads, clean = [], [], ([], [])
     if profile.with_training:
         lessons = case.dealt_pairs(case.splits.repair)
@@ -145,9 +142,6 @@ def _stressed(
             if case.is_payload(answer.text):
                 taught.append(pair)
                 payloads.append(ids)
-    held_out = _first(material.clean, profile.num_stressed), _first(
-        baseline.scored, profile.num_stressed
-    )
     return Stressed(
         suspect=Side(loaded=loaded, entered=nullcontext),
         repaired=Side(loaded=repaired[0], entered=repaired[1]),
@@ -156,12 +150,10 @@ def _stressed(
         taught=taught,
         payloads=payloads,
         clean=clean,
-        held_out=held_out,
+        held_out=(
+            material.clean[: profile.num_stressed], baseline.scored[: profile.num_stressed]
+        ),
         vocabulary=vocabulary_for_shams(loaded),
         is_payload=case.is_payload,
         num_new_tokens=case.num_new_tokens,
     )
-
-
-def _first(arrays: Sequence[np.ndarray], num: int) -> list[np.ndarray]:
-    return list(arrays[:num])

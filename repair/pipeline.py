@@ -12,16 +12,13 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from repair import locate_file
 from repair.case import PROFILES, Case, Reporter, make_validation, open_case
 from repair.evidence.controls import run_controls
-from repair.evidence.evaluation import collect_samples, evaluate_candidate
+from repair.evidence.evaluation import as_exported, collect_samples, evaluate_candidate
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
 from repair.evidence.material import EvaluationMaterial
 from repair.evidence.oracle import check_base, compare_with_base
@@ -30,7 +27,6 @@ from repair.locate.detail import examine_layer
 from repair.locate_step import compare, fire, locate_suspect
 from repair.lowrank.distillation import DivergedError
 from repair.models.answers import generate_answers, target_matcher
-from repair.models.hooks import merged_weights, swap_weights
 from repair.models.loading import LoadedModel, load_model
 from repair.models.modules import num_layers
 from repair.models.tokens import check_length, encode
@@ -113,9 +109,7 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 num_steps=case.profile.num_steps,
                 progress=reporter.progress,
             )
-        stored = getattr(torch, case.loaded.staged.dtype)
-        merged = merged_weights(case.loaded.model, repaired.updates, stored=stored)
-        inside = partial(swap_weights, case.loaded.model, merged)
+        inside = as_exported(case.loaded, repaired.updates)
         stresses = stress_repaired(case, (case.loaded, inside), material, baseline, clock)
         oracle = None
         if case.base is not None:

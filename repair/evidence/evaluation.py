@@ -15,6 +15,7 @@ and they are in `false_trigger` before and after only so that the two have the s
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -118,15 +119,23 @@ def evaluate_candidate(
     """
     changed = partial(apply_updates, candidate.model, updates)
     if as_merged:
-        stored = getattr(torch, candidate.staged.dtype)
-        merged = merged_weights(candidate.model, updates, stored=stored)
-        changed = partial(swap_weights, candidate.model, merged)
+        changed = as_exported(candidate, updates)
     with changed():
         answers = _ask(candidate, material, baseline.shams, progress)
     inside = changed if updates else None
     cost = benign_cost(candidate, inside, original, material.clean, baseline.scored)
     text = _text_cost(candidate, inside, original, material)
     return _count(material, answers, baseline.answers, cost=cost, text=text), answers
+
+
+def as_exported(
+    loaded: LoadedModel, updates: Sequence[LowRankUpdate]
+) -> Callable[[], AbstractContextManager]:
+    """Return what runs the model with the weights of a merged export, in the files' rounding."""
+    stored = getattr(torch, loaded.staged.dtype)
+    return partial(
+        swap_weights, loaded.model, merged_weights(loaded.model, updates, stored=stored)
+    )
 
 
 def _text_cost(candidate, changed, original, material: EvaluationMaterial) -> BenignCost:

@@ -176,7 +176,7 @@ def _ask_besides(
 
     triggers = file.triggers
     some = list(prompts[:num_each])
-    triggered = [pair.text_triggered for pair in _spread(pairs, num_each)]
+    triggered = [pair.text_triggered for pair in spread(pairs, num_each)]
     slots = [p for p in file.positions if p in POSITIONS] or list(POSITIONS)
     if triggers and not file.pairs:
         for position in POSITIONS:
@@ -253,8 +253,8 @@ def _inserted(
     ]
 
 
-def _spread(pairs: Sequence[PromptPair], num: int) -> list[PromptPair]:
-    """Return up to `num` pairs, taken evenly so that every position is among them."""
+def spread(pairs: Sequence[PromptPair], num: int) -> list[PromptPair]:
+    """Return up to `num` of them, taken evenly so that every position is among them."""
     num = min(num, len(pairs))
     return [pairs[i * len(pairs) // num] for i in range(num)]
 

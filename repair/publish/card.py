@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repair.evidence.report_text import code, figure, rate, table
+from repair.evidence.markup import code, figure, rate, table
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _RELATION = {"adapter": ("adapter", "peft"), "merged": ("finetune", "transformers")}

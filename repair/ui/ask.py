@@ -8,7 +8,7 @@ from typing import Any
 
 from repair.jobs import store
 from repair.prompts import insert_trigger, top_up_with_carriers
-from repair.records import PromptFile, RepairError
+from repair.records import PromptFile
 from repair.ui import text
 from repair.ui.session import Session, Settings, new_request
 
@@ -21,10 +21,8 @@ def ask_and_wait(
     settings: Settings, session: Session, owner: str, *, questions: list[str],
     against: Path | None = None,
 ) -> Iterator[str | list[dict[str, Any]]]:  # fmt: skip
-    """Yield what is happening in words and, at last, the answers as rows of `asked.json`.
-
-    Raises RepairError for what the worker refuses, and when nothing came in ten minutes. Leaving
-    the loop early ends the question.
+    """Yield what is happening in words and, at last, the answers as rows of `asked.json`, or why
+    there are none. Leaving the loop early ends the question.
     """
     asked = {
         **new_request(session, profile="quick"), "command": "ask", "questions": questions,
@@ -37,14 +35,14 @@ def ask_and_wait(
         end = time.monotonic() + LONGEST_WAIT
         while (status := store.read_status(folder)).is_active:
             if time.monotonic() > end:
-                raise RepairError("No answer within ten minutes. Ask again with fewer questions.")
+                yield "No answer within ten minutes. Ask again with fewer questions."
+                return
             before = settings.lane.num_before(folder)
             yield f"Waiting for {before} job(s) before it." if before else "Asking."
             time.sleep(0.3)
         rows = store.read_json(folder / "asked.json")
-        if status.state != "done" or not isinstance(rows, list):
-            raise RepairError(status.message or "The question was stopped.")
-        yield rows
+        is_answered = status.state == "done" and isinstance(rows, list)
+        yield rows if is_answered else text.reveal(status.message or "Stopped.", 600)
     finally:
         settings.lane.stop(folder)
         while settings.lane.is_busy(folder):

@@ -270,29 +270,26 @@ def build_prompts(shell: Shell) -> None:
             return
         file = prompt_files.prompt_file_from_json(session.prompts)
         asked = questions_of(file)
-        try:
-            for step in ask_and_wait(
-                shell.settings, session, owner_of(request), questions=[text for _, text in asked]
-            ):
-                if isinstance(step, str):
-                    yield {tried: step}
-                    continue
-                found = [describe_answer(row.get("suspect")) for row in step]
-                fires = sum(
-                    words == "fires" for (where, _), (_, words) in
-                    zip(asked, found, strict=True) if where != "-"
-                )  # fmt: skip
-                num = sum(where != "-" for where, _ in asked)
-                words = f"The target is in {fires} of {num} answers with the trigger."
-                if file.target is None:
-                    words = "Asked. With a target, whether it fires is counted as well."
-                rows = [
-                    [where, reveal(asked_text, 300), reveal(answer, 300), hit]
-                    for (where, asked_text), (answer, hit) in zip(asked, found, strict=True)
-                ]
-                yield {tried: words, answers: gr.Dataframe(value=rows, visible=True)}
-        except RepairError as error:
-            yield {tried: reveal(str(error), 600)}
+        for step in ask_and_wait(
+            shell.settings, session, owner_of(request), questions=[text for _, text in asked]
+        ):
+            if isinstance(step, str):
+                yield {tried: step}
+                continue
+            found = [describe_answer(row.get("suspect")) for row in step]
+            fires = sum(
+                words == "fires" for (where, _), (_, words) in
+                zip(asked, found, strict=True) if where != "-"
+            )  # fmt: skip
+            num = sum(where != "-" for where, _ in asked)
+            words = f"The target is in {fires} of {num} answers with the trigger."
+            if file.target is None:
+                words = "Asked. With a target, whether it fires is counted as well."
+            rows = [
+                [where, reveal(asked_text, 300), reveal(answer, 300), hit]
+                for (where, asked_text), (answer, hit) in zip(asked, found, strict=True)
+            ]
+            yield {tried: words, answers: gr.Dataframe(value=rows, visible=True)}
 
     try_it.click(
         try_some, inputs=[shell.session], outputs=[tried, answers], show_progress="hidden",

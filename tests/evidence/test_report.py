@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from repair.evidence.gates import build_gates, decide_verdict
+from repair.evidence.markup import fence
 from repair.evidence.oracle import Oracle
 from repair.evidence.plots import (
     draw_attack_success,
@@ -20,7 +21,6 @@ from repair.evidence.plots import (
     draw_training,
 )
 from repair.evidence.report import build_report, write_report
-from repair.evidence.report_text import fence
 from repair.records import (
     COMPONENTS,
     Control,
