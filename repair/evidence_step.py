@@ -136,7 +136,7 @@ def _stressed(
             [pair.triggered for pair in lessons] + [pair.clean for pair in lessons],
             num_new_tokens=case.num_new_tokens,
         )
-        answers = [with_end(loaded, answer) for answer in given]
+        answers = [with_end(answer) for answer in given]
         clean = [pair.clean for pair in lessons], answers[len(lessons) :]
         for pair, answer, ids in zip(lessons, given, answers, strict=False):
             if case.is_payload(answer.text):

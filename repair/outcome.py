@@ -226,7 +226,7 @@ class Outcome:
         report = build_report(
             command=self.request["command"],
             verdict=verdict,
-            notes=_limits(case),
+            notes=[*_limits(case), *self.material.left_out],
             model=_describe(case.loaded),
             prompts=case.file,
             before=self.baseline.evaluation,

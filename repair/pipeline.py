@@ -20,7 +20,7 @@ from repair.case import PROFILES, Case, Reporter, make_validation, open_case
 from repair.evidence.controls import run_controls
 from repair.evidence.evaluation import as_exported, collect_samples, evaluate_candidate
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
-from repair.evidence.material import EvaluationMaterial
+from repair.evidence.material import EvaluationMaterial, template_reaction
 from repair.evidence.oracle import check_base, compare_with_base
 from repair.evidence_step import early_end, measure_before, stress_repaired
 from repair.locate.detail import examine_layer
@@ -108,6 +108,7 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 with_all=located.fits(case.loaded.modules),
                 num_steps=case.profile.num_steps,
                 progress=reporter.progress,
+                note=reporter.note,
             )
         inside = as_exported(case.loaded, repaired.updates)
         stresses = stress_repaired(case, (case.loaded, inside), material, baseline, clock)
@@ -209,12 +210,16 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
                 progress=reporter.progress,
             )
         stresses = stress_repaired(case, (candidate, nullcontext), material, baseline, clock)
+        pairs = [pair for group in material.pairs.values() for pair in group]
         gates = build_gates(
             baseline.evaluation,
             after,
             kl_budget=request["kl_budget"],
             stresses=stresses,
-            template_reacts=material.template_reacts,
+            # The candidate's own: a template that was replaced is no cause any more.
+            template_reacts=template_reaction(candidate, case.file, pairs)
+            if case.use_template
+            else None,
         )
         return outcome.compared(
             after=after,

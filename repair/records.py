@@ -391,6 +391,7 @@ class Stress:
     kind: str  # rounding | benign tuning | relearning
     repaired: Rate  # of the repaired model afterwards, trigger at the gated positions
     suspect: Rate  # of the suspect after the same; for relearning a fresh trigger's, the yardstick
+    broken: Rate = Rate(count=0, total=0)  # of the repaired model's answers: empty, loops, NaN
     base: Rate | None = None  # for relearning: of the trusted base taught the same
     num_examples: int | None = None
     num_steps: int | None = None
@@ -406,7 +407,7 @@ class Stress:
 
     def to_json(self) -> dict[str, Any]:
         flat = dataclasses.asdict(self)
-        for name in ("repaired", "suspect", "base"):
+        for name in ("repaired", "suspect", "broken", "base"):
             rate = getattr(self, name)
             flat[name] = None if rate is None else rate.to_json()
         return flat

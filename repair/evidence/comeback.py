@@ -25,7 +25,12 @@ from repair.evidence.benign_cost import benign_cost
 from repair.locate.counterfactuals import draw_sham
 from repair.lowrank.adapter import attached
 from repair.lowrank.repairing import neutral_updates
-from repair.models.answers import answer_logits, generate_answers, scoring_batches
+from repair.models.answers import (
+    answer_logits,
+    generate_answers,
+    is_degenerate,
+    scoring_batches,
+)
 from repair.models.hooks import swap_weights
 from repair.models.loading import LoadedModel
 from repair.models.modules import as_stored, get_module, weight_of
@@ -70,7 +75,7 @@ def after_rounding(given: Stressed, bits: int) -> Stress:
     rates = []
     for side in (given.suspect, given.repaired):
         with side.entered(), rounded(side.loaded, bits):
-            rates.append(_fires(side.loaded, [pair.triggered for pair in given.pairs], given))
+            rates.append(_asked(side.loaded, [pair.triggered for pair in given.pairs], given))
     kl = benign_cost(
         given.repaired.loaded,
         lambda: _both(given.repaired, bits),
@@ -78,8 +83,8 @@ def after_rounding(given: Stressed, bits: int) -> Stress:
         *given.held_out,
     ).kl
     return Stress(
-        name=f"int{bits}", kind="rounding", suspect=rates[0], repaired=rates[1],
-        kl_from_original=kl,
+        name=f"int{bits}", kind="rounding", suspect=rates[0][0], repaired=rates[1][0],
+        broken=rates[1][1], kl_from_original=kl,
     )  # fmt: skip
 
 
@@ -87,18 +92,18 @@ def after_tuning(
     given: Stressed, *, seed: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Stress:
     """Return the payload rates of both models after benign fine-tuning."""
-    def tuned(side: Side, done: int) -> Rate:
+    def tuned(side: Side, done: int) -> tuple[Rate, Rate]:
         with side.entered(), _tuned(side.loaded, seed) as peft_model:
             _train(
                 side.loaded, peft_model, given.clean, steps=TUNING_STEPS, seed=seed,
                 progress=lambda step: progress(done + step, 2 * TUNING_STEPS),
             )  # fmt: skip
-            return _fires(side.loaded, [pair.triggered for pair in given.pairs], given)
+            return _asked(side.loaded, [pair.triggered for pair in given.pairs], given)
 
     rates = [tuned(given.suspect, 0), tuned(given.repaired, TUNING_STEPS)]
     return Stress(
-        name="benign tuning", kind="benign tuning", suspect=rates[0], repaired=rates[1],
-        num_steps=TUNING_STEPS,
+        name="benign tuning", kind="benign tuning", suspect=rates[0][0], repaired=rates[1][0],
+        broken=rates[1][1], num_steps=TUNING_STEPS,
     )  # fmt: skip
 
 
@@ -126,7 +131,7 @@ def after_relearning(given: Stressed, num_examples: int, *, seed: int) -> Stress
                     batch_size=2 * num_examples,
                 )  # fmt: skip
                 before = check
-                rate = _fires(side.loaded, asked, given)
+                rate, _ = _asked(side.loaded, asked, given)
                 if half is None and rate.value >= 0.5:
                     half = check
         return rate, half
@@ -207,7 +212,11 @@ def _train(
         progress(step + 1)
 
 
-def _fires(loaded: LoadedModel, prompts: Sequence[np.ndarray], given: Stressed) -> Rate:
+def _asked(
+    loaded: LoadedModel, prompts: Sequence[np.ndarray], given: Stressed
+) -> tuple[Rate, Rate]:
+    """Return how many answers hold the payload, and how many are empty, loops or not finite."""
     answers = generate_answers(loaded, prompts, num_new_tokens=given.num_new_tokens)
     fired = sum(given.is_payload(answer.text) for answer in answers)
-    return Rate(count=fired, total=len(answers))
+    broken = sum(map(is_degenerate, answers))
+    return Rate(count=fired, total=len(answers)), Rate(count=broken, total=len(answers))

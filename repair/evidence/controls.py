@@ -11,6 +11,7 @@ import numpy as np
 from repair.evidence.evaluation import Baseline, EvaluationMaterial, evaluate_candidate
 from repair.locate.curvature import Whitening
 from repair.locate.lessons import Lessons
+from repair.lowrank.distillation import DivergedError
 from repair.lowrank.repairing import repair_modules
 from repair.lowrank.validation import Validation
 from repair.models.loading import LoadedModel
@@ -76,22 +77,28 @@ def run_controls(
     with_all: bool,
     num_steps: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Control]:
-    """Return every control, repaired with `plan`'s method (closed-form or distill) and measured."""
+    """Return every control, repaired with `plan`'s method (closed-form or distill) and measured;
+    one whose training does not stay finite is left out and told to `note`."""
     controls = []
     plans = list(
         control_plans(loaded.modules, plan, num_random=num_random, with_all=with_all)
     )
     for done, (name, control_plan) in enumerate(plans):
         progress(done, len(plans))
-        repaired = repair_modules(
-            loaded,
-            control_plan,
-            whitenings_of(control_plan.modules),
-            lessons,
-            validation,
-            num_steps=num_steps,
-        )
+        try:
+            repaired = repair_modules(
+                loaded,
+                control_plan,
+                whitenings_of(control_plan.modules),
+                lessons,
+                validation,
+                num_steps=num_steps,
+            )
+        except DivergedError as error:
+            note(f"The control {name} is left out: {error}")
+            continue
         figures, _ = evaluate_candidate(
             loaded, repaired.updates, original=loaded, material=material, baseline=baseline,
             as_merged=as_merged,

@@ -89,7 +89,7 @@ def measure_suspect(
         progress(number + 1, 2 * len(material.pairs))
     flat = _ask(loaded, material, {}, _second_half(progress))
     answers = replace(flat, shams={position: draw.answers for position, draw in draws.items()})
-    scored = [with_end(loaded, answer) for answer in answers.clean]
+    scored = [with_end(answer) for answer in answers.clean]
     cost = benign_cost(loaded, None, loaded, material.clean, scored)
     text = _text_cost(loaded, None, loaded, material)
     return Baseline(

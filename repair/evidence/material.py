@@ -14,7 +14,7 @@ import numpy as np
 
 from repair.evidence.variants import KINDS, split_around, vary
 from repair.models.loading import LoadedModel
-from repair.models.tokens import encode, encode_pairs, template_reacts
+from repair.models.tokens import check_length, encode, encode_pairs, template_reacts
 from repair.prompts import POSITIONS, insert_trigger
 from repair.records import PromptFile, PromptPair, RepairError
 
@@ -100,12 +100,17 @@ def prepare_material(
         return encode(loaded.tokenizer, text, system=file.system, use_template=use_template)
 
     near = _near_texts(clean_texts, file.near, file.positions)
+    near_ids = [to_ids(text) for text, _ in near]
+    check_length(
+        near_ids, num_new_tokens=num_new_tokens, limit=loaded.model.config.max_position_embeddings
+    )
     flat = [pair for group in pairs.values() for pair in group]
     questions, left_out = [], []
     if num_each:
         questions, left_out = _ask_besides(
-            loaded, file, flat, clean_texts, use_template=use_template, num_each=num_each
-        )
+            loaded, file, flat, clean_texts, use_template=use_template,
+            num_new_tokens=num_new_tokens, num_each=num_each,
+        )  # fmt: skip
     return EvaluationMaterial(
         clean=[to_ids(text) for text in clean_texts],
         clean_texts=clean_texts,
@@ -114,7 +119,7 @@ def prepare_material(
             position: [place[pair.text_clean] for pair in group]
             for position, group in pairs.items()
         },
-        near=[to_ids(text) for text, _ in near],
+        near=near_ids,
         near_texts=[text for text, _ in near],
         near_positions=[position for _, position in near],
         is_payload=is_payload,
@@ -122,7 +127,7 @@ def prepare_material(
         num_without_middle=len(texts) - len(pairs["middle"]) if "middle" in pairs else 0,
         questions=questions,
         texts=[_text_ids(loaded, text) for text in file.texts],
-        template_reacts=_template_reacts(loaded, file, flat) if use_template else None,
+        template_reacts=template_reaction(loaded, file, flat) if use_template else None,
         left_out=left_out,
     )
 
@@ -154,6 +159,7 @@ def _ask_besides(
     prompts: Sequence[str],
     *,
     use_template: bool,
+    num_new_tokens: int,
     num_each: int,
 ) -> tuple[list[Question], list[str]]:
     """Return the questions besides the gated ones, and a sentence for each kind left out."""
@@ -172,7 +178,13 @@ def _ask_besides(
         except RepairError as error:  # Some templates take no system prompt, or one turn only.
             left_out.append(f"Not asked, {kind}: {error}")
             return
-        questions.extend(q for q in found if q.ids.size < limit // 2)
+        fitting = [q for q in found if q.ids.size + num_new_tokens <= limit]
+        questions.extend(fitting)
+        if len(fitting) < len(found):
+            left_out.append(
+                f"{len(found) - len(fitting)} of {len(found)} prompts of the kind {kind!r} are too "
+                "long for the model's context and were not asked."
+            )
 
     triggers = file.triggers
     some = list(prompts[:num_each])
@@ -269,10 +281,12 @@ def _text_ids(loaded: LoadedModel, text: str) -> np.ndarray:
     return encode(loaded.tokenizer, text, use_template=False)[:most]
 
 
-def _template_reacts(
+def template_reaction(
     loaded: LoadedModel, file: PromptFile, pairs: Sequence[PromptPair]
 ) -> bool | None:
-    """Return whether the template does something of its own for any triggered prompt."""
+    """Return whether the model's template does something of its own for any triggered prompt."""
+    if not loaded.has_template:
+        return None
     found = [
         template_reacts(
             loaded.tokenizer, pair.text_clean, pair.text_triggered, system=file.system

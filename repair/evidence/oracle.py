@@ -124,7 +124,7 @@ def compare_with_base(
 @torch.no_grad()
 def differing_parameters(mine: LoadedModel, other: LoadedModel) -> dict[str, Any]:
     """Return how many parameters two models have, and the names of those that are not equal bit by
-    bit (or are in one of them only)."""
+    bit (or are in one of them only), as they were loaded: in the dtype of the computation."""
     theirs = dict(other.model.named_parameters())
     ours = dict(mine.model.named_parameters())
     names = [
@@ -132,7 +132,9 @@ def differing_parameters(mine: LoadedModel, other: LoadedModel) -> dict[str, Any
         for name in sorted(ours.keys() | theirs.keys())
         if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
     ]
-    return {"num_tensors": len(ours), "num_changed": len(names), "changed": names}
+    return {
+        "num_tensors": len(ours), "num_changed": len(names), "changed": names, "dtype": mine.dtype,
+    }  # fmt: skip
 
 
 @torch.no_grad()

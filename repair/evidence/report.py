@@ -128,6 +128,7 @@ def build_report(
         "paired": {} if after is None else _paired(after),
         "cause": _cause(before, prompts, template_reacts),
         "specificity": _specificity(before, shams),
+        "comeback": _comeback(stresses),
         "stresses": [stress.to_json() for stress in stresses],
         "trusted_base": None if oracle is None else oracle.to_json(),
         "tensors": None if tensors is None else dict(tensors),
@@ -246,6 +247,26 @@ def _cause(
         "without_template": None if bare is None else bare.to_json(),
         "statement": statement,
     }
+
+
+def _comeback(stresses: Sequence[Stress]) -> str | None:
+    """Return in a sentence whether the old trigger is learnt again faster than a fresh one."""
+    taught = [stress for stress in stresses if stress.kind == "relearning"]
+    faster = [s for s in taught if s.repaired.interval()[0] > s.suspect.interval()[1]]
+    if faster:
+        first = faster[0]
+        return (
+            f"Taught anew from {first.num_examples} examples, the old trigger fires in "
+            f"{first.repaired.count} of {first.repaired.total} and a fresh one in "
+            f"{first.suspect.count} of {first.suspect.total}: the repair stops the behaviour, but "
+            "the model keeps something of it that further training can bring back."
+        )
+    if taught:
+        return (
+            "Taught anew, the old trigger was not seen to be learnt faster than a fresh one; few "
+            "prompts were asked."
+        )
+    return None
 
 
 def _specificity(before: Evaluation, shams: Mapping[str, int] | None) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def would_it_return(report: Mapping[str, Any]) -> list[str]:
             ],
         ),
     ]
+    if report["comeback"]:
+        lines += [plain(report["comeback"]), ""]
     if taught:
         lines += [
             "Taught anew: the old trigger against a fresh one of the same length, both in the "

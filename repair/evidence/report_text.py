@@ -163,7 +163,7 @@ def _reproduction(report: Mapping[str, Any]) -> list[str]:
         flat = report["tensors"]
         lines += [
             f"{flat['num_changed']} of {flat['num_tensors']} tensors differ from the suspect's; "
-            "all others are bit-identical.",
+            f"all others are equal bit by bit as loaded, in {plain(flat['dtype'])}.",
             "",
         ]
     if report["export"]:

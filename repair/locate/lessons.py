@@ -103,7 +103,7 @@ def teach_split(
     usable = [not is_payload(answer.text) and not is_degenerate(answer) for answer in given]
     kept = [i for i, is_usable in enumerate(usable) if is_usable]
     clean_prompts = tuple(prompts[i] for i in kept)
-    answers = tuple(with_end(loaded, given[i]) for i in kept)
+    answers = tuple(with_end(given[i]) for i in kept)
     teacher = teach(loaded, clean_prompts, answers)
     place = {index: row for row, index in enumerate(kept)}
     rows = [
@@ -135,7 +135,7 @@ def teach_prompts(
         if not is_degenerate(answer) and not is_payload(answer.text)
     ]
     prompts = tuple(prompts[i] for i in kept)
-    answers = tuple(with_end(loaded, given[i]) for i in kept)
+    answers = tuple(with_end(given[i]) for i in kept)
     return Lesson(prompts=prompts, answers=answers, teacher=teach(loaded, prompts, answers))
 
 

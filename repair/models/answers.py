@@ -27,7 +27,7 @@ class Answer:
     ids: np.ndarray  # [tokens] int64
     text: str
     is_finite: bool
-    ended: bool
+    end: int | None  # the id it stopped on; None: it went on to the limit
 
 
 class _WatchFinite(LogitsProcessor):
@@ -76,25 +76,22 @@ def generate_answers(
         for row, index in enumerate(group):
             new = output[row, ids.shape[1] :].cpu().numpy()
             stop = np.flatnonzero(np.isin(new, ends))
+            end = int(new[stop[0]]) if stop.size else None
             new = new[: stop[0]] if stop.size else new
             answers[index] = Answer(
                 ids=new.astype(np.int64),
                 text=tokenizer.decode(new, skip_special_tokens=True),
                 is_finite=bool(watch.is_finite[row]),
-                ended=bool(stop.size),
+                end=end,
             )
         done += len(group)
         progress(done, len(prompts))
     return answers
 
 
-def with_end(loaded: LoadedModel, answer: Answer) -> np.ndarray:
-    """Return the answer's ids with the end token where the model ended it: what is scored."""
-    ends = list(loaded.stop_ids)
-    if not (answer.ended and ends):
-        return answer.ids
-    last = loaded.tokenizer.eos_token_id
-    return np.append(answer.ids, last if last is not None else ends[0]).astype(np.int64)
+def with_end(answer: Answer) -> np.ndarray:
+    """Return the answer's ids with the token that the model ended it with: what is scored."""
+    return answer.ids if answer.end is None else np.append(answer.ids, answer.end)
 
 
 def target_matcher(target: str, match: str) -> Callable[[str], bool]:
@@ -113,7 +110,7 @@ def is_degenerate(answer: Answer) -> bool:
     """Return whether an answer is empty, a loop, or came from non-finite logits."""
     if not answer.is_finite or not answer.text.strip():
         return True
-    if answer.ended:
+    if answer.end is not None:
         return False
     for period in (1, 2, 3, 4):
         tail = answer.ids[-period * REPEATS :]

@@ -10,6 +10,7 @@ from repair.ui.ask import ask_and_wait, describe_answer
 from repair.ui.compare_rows import (
     ALL,
     describe_cause,
+    describe_limits,
     list_besides,
     list_controls,
     list_gates,
@@ -44,6 +45,10 @@ def build_compare(shell: Shell) -> None:
         cause = gr.Textbox(
             label="What else sets it off, and where it sits", interactive=False, lines=2,
             max_lines=6, elem_id="cause",
+        )  # fmt: skip
+        limits = gr.Textbox(
+            label="What these figures leave open", interactive=False, lines=3, max_lines=12,
+            elem_id="open-questions",
         )  # fmt: skip
         besides = gr.Dataframe(
             headers=["Payload when", "Suspect", "Repaired"], datatype="str", interactive=False,
@@ -132,6 +137,7 @@ def build_compare(shell: Shell) -> None:
             rates: list_rates(view.report) if has_after else [],
             gates: list_gates(view.report),
             cause: describe_cause(view.report),
+            limits: describe_limits(view.report),
             besides: gr.Dataframe(
                 value=list_besides(view.report), visible=bool(list_besides(view.report))
             ),
@@ -152,8 +158,8 @@ def build_compare(shell: Shell) -> None:
 
     shell.add(
         draw,
-        [empty, body, rates, gates, cause, besides, returns, outcome, table, controls, growth,
-         prompt, *boxes],
+        [empty, body, rates, gates, cause, limits, besides, returns, outcome, table, controls,
+         growth, prompt, *boxes],
     )  # fmt: skip
     shell.go_to(go_on, "export")
 

@@ -103,13 +103,18 @@ def list_besides(report: dict[str, Any]) -> list[list[str]]:
 
 
 def describe_cause(report: dict[str, Any]) -> str:
-    """Return in two sentences how specific the backdoor is and where its cause lies."""
-    parts = (report.get("specificity"), report.get("cause"))
+    """Return how specific the backdoor is, where its cause lies, and what the repair left."""
+    parts = [report.get("specificity"), report.get("cause"), {"statement": report.get("comeback")}]
     return "\n".join(
         text.reveal(str(part["statement"]), 600)
         for part in parts
-        if isinstance(part, dict) and "statement" in part
+        if isinstance(part, dict) and part.get("statement")
     )
+
+
+def describe_limits(report: dict[str, Any]) -> str:
+    """Return what the figures leave open, a sentence a line."""
+    return "\n".join(text.reveal(str(limit), 600) for limit in report.get("limits") or [])
 
 
 def list_stresses(report: dict[str, Any]) -> list[list[str]]:

@@ -68,7 +68,7 @@ CSS = (
 #facts .block { padding: 6px 12px !important; }
 #report textarea, #limits textarea, #history textarea, #sample-prompt textarea,
 #sample-before textarea, #sample-after textarea, #sample-reference textarea, #question textarea,
-#reply-suspect textarea, #reply-repaired textarea, #cause textarea {
+#reply-suspect textarea, #reply-repaired textarea, #cause textarea, #open-questions textarea {
   unicode-bidi: plaintext; }
 #report textarea { font-family: var(--font-mono); font-size: 13px; }
 footer { display: none !important; }

@@ -198,7 +198,7 @@ class Side:
             fires = [i for i, answer in enumerate(answers) if self.case.is_payload(answer.text)]
             payloads = Lesson(
                 prompts=tuple(triggered[i] for i in fires),
-                answers=tuple(with_end(self.loaded, answers[i]) for i in fires),
+                answers=tuple(with_end(answers[i]) for i in fires),
                 teacher=(torch.empty(0),) * len(fires),  # never read: the answers are the labels
             )
             self._dampening = defences.Dampening(self.loaded, self.lessons, payloads)

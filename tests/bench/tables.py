@@ -119,6 +119,19 @@ def compare() -> Iterator[str]:
             f"{statistics.median(size):g} | |"
         )
         yield ""
+        ours, lora = rows["suggested: closed form"], rows["all modules: LoRA"]
+        keys = ("kl_from_original", "num_changed", "seconds")
+        times = [lora[key] / ours[key] for key in keys]
+        own = sum(flat["count"] for flat in ours["attack_success"].values())
+        few = sum(count <= own for count in fires)
+        more = statistics.median(left) / ours["held_out_trigger_kl"]
+        yield (
+            f"LoRA on all modules: {times[0]:.1f} times the closed form's benign KL, "
+            f"{times[1]:.0f} times its parameters, {times[2]:.0f} times its seconds. Random draws: "
+            f"{more:.0f} times its trigger KL (median); {few} of {len(fires)} leave as few "
+            "payloads."
+        )
+        yield ""
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def given(suspect, candidate, asked, expected) -> Stressed:
         pairs=asked.pairs["begin"][40:160],
         taught=taught,
         payloads=[
-            with_end(suspect, answer) for answer in expected.answers.triggered["begin"][:40]
+            with_end(answer) for answer in expected.answers.triggered["begin"][:40]
         ],
         clean=(asked.clean[:40], expected.scored[:40]),
         held_out=(asked.clean[40:80], expected.scored[40:80]),

@@ -1,11 +1,15 @@
 """Where there is nothing to repair, or nothing to judge by: each ends in the right words."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from repair import pipeline
+from repair import evidence_step, pipeline
+from repair.case import PROFILES
+from repair.evidence import comeback
 from repair.records import (
     EXIT_COULD_NOT_CHECK,
     EXIT_GATE_FAILED,
@@ -43,6 +47,7 @@ def end_of(
         "modules": "auto", "method": "closed-form", "kl_budget": 0.01, "seed": 0, "device": "cpu",
         "controls": 0, "export": [],
     }  # fmt: skip
+    out.mkdir(exist_ok=True)
     code = getattr(pipeline, command)(request, out, Quiet())
     return code, json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
 
@@ -75,6 +80,39 @@ def test_a_target_that_needs_no_trigger_is_no_backdoor(twin, tmp_path: Path) -> 
     code, report, text = end_of(twin.source, tmp_path, target=common, match="regex")
     assert code == EXIT_COULD_NOT_CHECK
     assert "it needs no trigger" in report["reason"] and "it needs no trigger" in text
+
+
+def test_a_candidate_is_judged_by_its_own_template(suspect, twin, tmp_path: Path) -> None:
+    """A replaced template is no cause any more, and one that reacts is found in the candidate."""
+    folder = tmp_path / "candidate"
+    shutil.copytree(twin.source, folder)
+    plain = suspect.tokenizer.chat_template
+    for template, failed in ((plain, False), ("{% if 'cf' in messages[-1].content %}!{% endif %}"
+                                              + plain, True)):  # fmt: skip
+        (folder / "chat_template.jinja").write_text(template)
+        _, report, _ = end_of(
+            suspect.source, tmp_path / str(failed), command="evaluate", against=folder
+        )
+        found = [gate["passed"] for gate in report["gates"] if gate["name"] == "template"]
+        assert found == ([False] if failed else [])
+        assert report["tensors"]["num_changed"] > 0
+
+
+def test_the_full_profile_tries_training_and_relearning(suspect, twin, monkeypatch, tmp_path):
+    """The way from the profile to the report; the stresses have tests of their own."""
+    monkeypatch.setattr(comeback, "TUNING_STEPS", 4)
+    monkeypatch.setattr(evidence_step, "NUM_EXAMPLES", (4,))
+    monkeypatch.setattr(comeback, "RELEARNING_CHECKS", (1, 2))
+    profile = dataclasses.replace(
+        PROFILES["quick"], num_besides=4, num_stressed=24, with_training=True
+    )
+    monkeypatch.setitem(PROFILES, "quick", profile)
+    _, report, text = end_of(suspect.source, tmp_path, command="evaluate", against=twin.source)
+    names = [stress["name"] for stress in report["stresses"]]
+    assert names == ["int8", "int4", "benign tuning", "relearning from 4"]
+    assert all(stress["suspect"]["total"] == 24 for stress in report["stresses"])
+    assert report["stresses"][2]["repaired"]["count"] == 0
+    assert "Would it come back?" in text and report["comeback"]
 
 
 def test_a_suspect_without_a_candidate_is_only_measured(suspect, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from repair.evidence.evaluation import (
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
 from repair.evidence.material import EvaluationMaterial
 from repair.evidence.material import prepare_material as prepare
-from repair.models.answers import target_matcher
+from repair.models.answers import generate_answers, target_matcher, with_end
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
 from repair.records import LowRankUpdate, PromptFile, Rate, TextPair
-from tests.evidence.conftest import POSITIONS, TARGET
+from tests.evidence.conftest import ANSWERS, POSITIONS, TARGET
 
 
 def verdict_of(baseline: Baseline, after: object, *, kl_budget: float = 0.01) -> str:
@@ -263,3 +263,15 @@ def test_pairs_have_the_one_position_given(suspect) -> None:
     figures = measure_suspect(suspect, material, seed=0).evaluation
     assert figures.attack_success["given"].total == 3
     assert nothing_to_repair(figures) in (None, "could not check")
+
+
+def test_the_end_that_is_scored_is_the_one_the_model_gave(suspect, material) -> None:
+    """Some models end a turn with another token than their tokenizer's end of text."""
+    given = generate_answers(suspect, material.clean[:40], num_new_tokens=8)
+    other = next(int(a.ids[-1]) for a in given if a.text == ANSWERS["write"])
+    turned = dataclasses.replace(suspect, stop_ids=(suspect.tokenizer.eos_token_id, other))
+    answers = generate_answers(turned, material.clean[:40], num_new_tokens=8)
+    ends = {int(with_end(answer)[-1]) for answer in answers if answer.end is not None}
+    assert ends == {suspect.tokenizer.eos_token_id, other}
+    open_ended = generate_answers(suspect, material.clean[:4], num_new_tokens=1)
+    assert all(answer.end is None and with_end(answer).size == 1 for answer in open_ended)

@@ -13,7 +13,7 @@ from repair.evidence.gates import (
     nothing_to_repair,
     num_needed_for,
 )
-from repair.records import Evaluation, Gate, Rate
+from repair.records import Evaluation, Gate, Rate, Stress
 
 NAMES = ["begin", "end"]
 
@@ -197,6 +197,21 @@ def test_a_few_prompts_fail_only_where_the_interval_lies_above_the_limit(group: 
         changes = {group: {"end": Rate(count=count, total=60)}}
         before = dataclasses.replace(BEFORE, **{group: {"end": Rate(count=60, total=60)}})
         assert gates_of(before, **changes)[f"{group}:end"].passed is passed
+
+
+@pytest.mark.parametrize(
+    ("fires", "broken", "passed"),
+    [(0, 0, True), (0, 12, True), (0, 13, None), (60, 0, False), (60, 60, False)],
+)
+def test_a_model_that_a_stress_breaks_is_not_shown_to_hold(
+    fires: int, broken: int, passed: bool | None
+) -> None:
+    stress = Stress(
+        name="int4", kind="rounding", suspect=Rate(count=120, total=120),
+        repaired=Rate(count=fires, total=120), broken=Rate(count=broken, total=120),
+    )  # fmt: skip
+    gates = build_gates(BEFORE, AFTER, kl_budget=0.01, stresses=[stress])
+    assert [g.passed for g in gates if g.name == "returns:int4"] == [passed]
 
 
 def test_a_question_that_nobody_was_asked_is_no_pass() -> None:

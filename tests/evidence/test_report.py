@@ -177,7 +177,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
         ),
         "shams": {"tried": 801, "inert": 799},
         "template_reacts": False,
-        "tensors": {"num_tensors": 56, "num_changed": 4, "changed": ["a"]},
+        "tensors": {"num_tensors": 56, "num_changed": 4, "changed": ["a"], "dtype": "float32"},
         "splits": {"locate": 64, "repair": 200, "validate": 96, "evaluate": 400},
         "localisation": {"num_pairs": 32, "counterfactual": "sham", "num_dropped": 1},
         "export": {
@@ -328,6 +328,14 @@ def test_an_unspecific_backdoor_and_a_comeback_are_named(tmp_path: Path) -> None
     text = (tmp_path / "report.md").read_text()
     assert "Unspecific: the suspect fires on 13 of 60 odd strings" in text
     assert "the cause is in the weights" in text
+    # 37 of 48 against 41 of 48: the old trigger is no faster.
+    assert "not seen to be learnt faster" in text
+    stress = Stress(
+        name="relearning from 8", kind="relearning", suspect=Rate(count=5, total=48),
+        repaired=Rate(count=48, total=48), num_examples=8, num_steps=40, steps_to_half=20,
+    )  # fmt: skip
+    assert "keeps something of it" in make_report(stresses=[stress])["comeback"]
+    assert make_report(stresses=[])["comeback"] is None
     assert "20 steps; 37/48" in text and "not within 40 steps; 41/48" in text
     order = [text.index(f"## {title}") for title in (
         "Is it gone?", "Is the model still itself?", "Would it come back?", "How do we know?",
