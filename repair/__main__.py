@@ -172,6 +172,11 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
         raise RepairError("--adapter-base is not available yet. Leave it out.")
     if options.trusted_base and options.command != "run":
         raise RepairError("--trusted-base is an option of run. Leave it out.")
+    if options.revision and not supervisor.is_hub_id(options.model):
+        raise RepairError(
+            f"A revision ({options.revision}) was given for {options.model}, which is no Hub id. "
+            "Leave it out."
+        )
     file = prompts.parse_prompt_file(
         options.prompts, triggers=tuple(options.trigger), target=options.target
     )
@@ -218,10 +223,20 @@ def check_same_question(folder: Path, request: dict[str, Any]) -> None:
             )
 
 
+def find_token(request: dict[str, Any]) -> str | None:
+    """Return the user's Hub token where the request needs the Hub."""
+    if not supervisor.hub_sources(request):
+        return None
+    # The Hub client takes half a second to import; other jobs do without it.
+    from repair.models import download
+
+    return download.find_token()
+
+
 def watch(folder: Path, display: Display) -> int:
     """Run the worker on `folder`, show its events, and return its exit status."""
     _, offset = store.read_events(folder)
-    worker = supervisor.start_worker(folder)
+    worker = supervisor.start_worker(folder, find_token(store.read_object(folder / "request.json")))
     is_stopped = False
     try:
         while True:

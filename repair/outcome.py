@@ -347,6 +347,7 @@ def _describe(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "source": Path(source).resolve().name if is_folder else source,
         "revision": loaded.revision,
+        "licence": loaded.licence,
         "files": loaded.staged.files,
         "num_parameters": loaded.staged.num_parameters,
         "dtype": loaded.staged.dtype,

@@ -2,9 +2,9 @@
 
     load -> evidence before -> locate -> repair -> evidence after -> controls -> export -> report
 
-Each public function takes the request (a plain dict, as in `request.json`), the output folder and
-a reporter, and returns the exit status of `contract.md`. What the analyst gave wrongly is a
-RepairError; everything else propagates.
+Each public function takes the request (a plain dict, as in `request.json`; `fetched` in it says
+where the Hub models are), the output folder and a reporter, and returns the exit status of
+`contract.md`. What the analyst gave wrongly is a RepairError; everything else propagates.
 """
 
 import json
@@ -27,6 +27,7 @@ from repair.locate.detail import examine_layer
 from repair.locate_step import compare, fire, locate_suspect
 from repair.lowrank.distillation import DivergedError
 from repair.models.answers import generate_answers, target_matcher
+from repair.models.download import Fetched, sources_from_json
 from repair.models.loading import LoadedModel, load_model
 from repair.models.modules import num_layers
 from repair.models.tokens import check_length, encode
@@ -192,6 +193,7 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
             candidate = load_model(
                 request["against"],
                 stage_folder=_stage_folder(folder) / "candidate",
+                fetched=_fetched(request),
                 device=case.loaded.device,
                 dtype=case.loaded.dtype,
             )
@@ -246,8 +248,8 @@ def ask(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
             reporter.step(name, f"Asking the {name} model")
             stage.mkdir(parents=True, exist_ok=True)
             loaded = load_model(
-                source, stage_folder=stage / name, device=request.get("device", "auto"),
-                dtype=request.get("dtype", "auto"),
+                source, stage_folder=stage / name, fetched=_fetched(request),
+                device=request.get("device", "auto"), dtype=request.get("dtype", "auto"),
             )  # fmt: skip
             use_template = loaded.has_template and file.chat != "off"
             prompts = [
@@ -290,7 +292,7 @@ def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[
             loaded = load_model(
                 request["model"],
                 stage_folder=stage / "suspect",
-                revision=request.get("revision"),
+                fetched=_fetched(request),
                 device=request.get("device", "auto"),
                 dtype=request.get("dtype", "auto"),
             )
@@ -310,6 +312,10 @@ def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _fetched(request: Mapping[str, Any]) -> dict[str, Fetched]:
+    return sources_from_json(request.get("fetched", {}))
+
+
 def _stage_folder(folder: Path) -> Path:
     return folder / "checkpoints" / "stage"
 
@@ -324,6 +330,7 @@ def _open_base(
         base = load_model(
             request["trusted_base"],
             stage_folder=_stage_folder(folder) / "base",
+            fetched=_fetched(request),
             device=loaded.device,
             dtype=loaded.dtype,
         )

@@ -28,7 +28,7 @@ HOMES = {
     "matplotlib": ("repair/evidence/plots.py",),
     "peft": ("repair/lowrank/adapter.py", "repair/models/loading.py", "repair/publish/export.py",
              "repair/publish/reopen.py"),
-    "huggingface_hub": ("repair/models/loading.py", "repair/publish/hub.py"),
+    "huggingface_hub": ("repair/models/download.py", "repair/publish/hub.py"),
 }  # fmt: skip
 BANNED_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 

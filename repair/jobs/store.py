@@ -23,6 +23,7 @@ STATES = ("queued", "running", "done", "failed", "stopped")
 MAX_JSON_BYTES = 64 * 2**20
 MAX_EVENT_BYTES = 64 * 2**10
 MAX_READ_BYTES = 4 * 2**20  # of events, in one call
+SOURCES = "sources.json"  # what was fetched from the Hub for this job
 MAX_NAME, MAX_NOTE = 120, 4000
 JOB_ID = re.compile(r"[0-9a-f]{32}")
 

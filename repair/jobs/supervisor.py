@@ -18,6 +18,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from repair.jobs import store
 from repair.jobs.store import JobStatus
@@ -31,7 +32,10 @@ TIMED_OUT = "Timeout ("  # in the log, where `repair.models.watchdog` ended the 
 # Nothing else of the environment reaches the worker: no tokens, no switches of libraries.
 PASSED_NAMES = ("PATH", "LANG", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "NCCL_")
-DOWNLOAD_NAMES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+# For the processes that talk to the Hub, and those never open a model.
+NETWORK_NAMES = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+SOURCE_KEYS = ("model", "against", "trusted_base", "adapter_base")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,24 +49,36 @@ class Worker:
 
 def is_hub_id(source: str) -> bool:
     """Tell whether a model source must be fetched from the Hub."""
-    return not source.startswith("demo:") and not Path(source).is_dir()
+    is_path = source.startswith(("/", ".", "~")) or Path(source).exists()
+    return bool(source) and not source.startswith("demo:") and not is_path
 
 
-def worker_environment(home: Path, *, may_download: bool) -> dict[str, str]:
+def hub_sources(request: dict[str, Any]) -> list[str]:
+    """Return the Hub ids among a request's models."""
+    sources = [request.get(key) for key in SOURCE_KEYS]
+    return [source for source in sources if isinstance(source, str) and is_hub_id(source)]
+
+
+def choose_module(request: dict[str, Any]) -> str:
+    """Return the program a job starts with; only these two talk to the Hub, and get a token."""
+    if request.get("command") == "push":
+        return "repair.jobs.upload"
+    return "repair.jobs.fetch" if hub_sources(request) else "repair.jobs.worker"
+
+
+def worker_environment(home: Path, *, has_network: bool) -> dict[str, str]:
     """Return the worker's whole environment; no token is ever in it."""
     env = {
         key: value
         for key, value in os.environ.items()
         if key in PASSED_NAMES or key.startswith(PASSED_PREFIXES)
     }
-    cache = os.environ.get("HF_HUB_CACHE") or str(
-        Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
-    )
+    cache = os.environ.get("REPAIR_CACHE") or str(Path.home() / ".cache" / "repair" / "models")
     env |= {
         "HOME": str(home),
         "TMPDIR": str(home),
         "HF_HOME": str(home / "huggingface"),
-        "HF_HUB_CACHE": cache,
+        "REPAIR_CACHE": cache,
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "MPLBACKEND": "Agg",
@@ -71,11 +87,9 @@ def worker_environment(home: Path, *, may_download: bool) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "REPAIR_PARENT_PID": str(os.getpid()),
     }
-    if may_download:
-        env |= {key: os.environ[key] for key in DOWNLOAD_NAMES if key in os.environ}
-    else:
-        env["HF_HUB_OFFLINE"] = "1"
-    return env
+    if not has_network:
+        return env | OFFLINE
+    return env | {key: os.environ[key] for key in NETWORK_NAMES if key in os.environ}
 
 
 def escape_line(line: bytes) -> bytes:
@@ -96,21 +110,24 @@ def pump_output(process: subprocess.Popen, path: Path) -> None:
                 written += log.write(escape_line(line))
 
 
-def start_worker(folder: Path) -> Worker:
-    """Start the worker on the job in `folder`; call it from a thread that stays."""
+def start_worker(folder: Path, token: str | None = None) -> Worker:
+    """Start the worker on the job in `folder`; call it from a thread that stays.
+
+    A Hub token goes by pipe to the program that talks to the Hub, and nowhere else.
+    """
     request = store.read_object(folder / "request.json")
     home = Path(tempfile.mkdtemp(prefix="repair-"))
     # Written before the start: afterwards the worker is the one who writes.
     store.write_status(folder, JobStatus(state="running", started=store.now()))
-    sources = [request.get(name) for name in ("model", "against", "trusted_base")]
-    may_download = any(is_hub_id(source) for source in sources if isinstance(source, str))
+    module = choose_module(request)
+    has_network = module != "repair.jobs.worker"
     try:
         process = subprocess.Popen(
             # -P keeps the job folder, which is the working directory, off the import path.
-            [sys.executable, "-P", "-m", "repair.jobs.worker", str(folder)],
+            [sys.executable, "-P", "-m", module, str(folder)],
             cwd=folder,
-            env=worker_environment(home, may_download=may_download),
-            stdin=subprocess.DEVNULL,
+            env=worker_environment(home, has_network=has_network),
+            stdin=subprocess.PIPE if has_network else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -118,6 +135,10 @@ def start_worker(folder: Path) -> Worker:
     except BaseException:
         shutil.rmtree(home, ignore_errors=True)
         raise
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):  # it ended already, and says why itself
+            process.stdin.write((token or "").encode() + b"\n")
+            process.stdin.close()
     pump = threading.Thread(target=pump_output, args=(process, folder / "log.txt"), daemon=True)
     pump.start()
     return Worker(process=process, home=home, pump=pump)
@@ -220,17 +241,20 @@ class Supervisor:
         self.waiting: collections.deque[Path] = collections.deque()
         self.current: tuple[Path, Worker] | None = None
         self.stopped: set[Path] = set()
+        self.tokens: dict[Path, str] = {}  # in memory only, until the job starts
         self.is_closing = False
         recover(root)
         self.lane = threading.Thread(target=self._run_lane, name="job lane", daemon=True)
         self.lane.start()
 
-    def submit(self, folder: Path) -> None:
+    def submit(self, folder: Path, *, token: str | None = None) -> None:
         """Queue the job in `folder`; raise RepairError when it is queued or running already."""
         with self.condition:
             if self.is_busy(folder):
                 raise RepairError("This job is already running. Stop it first, or wait.")
             store.write_status(folder, JobStatus(state="queued"))
+            if token:
+                self.tokens[folder] = token
             self.waiting.append(folder)
             self.condition.notify_all()
 
@@ -253,6 +277,7 @@ class Supervisor:
         with self.condition:
             if folder in self.waiting:
                 self.waiting.remove(folder)
+                self.tokens.pop(folder, None)
                 store.write_status(folder, stopped_status("Stopped before it began."))
             elif self.current is not None and self.current[0] == folder:
                 self.stopped.add(folder)
@@ -280,7 +305,7 @@ class Supervisor:
                 folder = self.waiting.popleft()
                 self.stopped.discard(folder)
                 try:
-                    worker = start_worker(folder)
+                    worker = start_worker(folder, self.tokens.pop(folder, None))
                 except OSError as error:
                     message = f"The worker could not be started: {error.strerror or error}."
                     store.write_status(

@@ -170,6 +170,7 @@ def run_command(request: dict, folder: Path, reporter: Reporter) -> int:
     pipeline = importlib.import_module("repair.pipeline")
     # `verify` looks at a folder of its own and must not write into it.
     target = Path(request["folder"]) if command == "verify" else folder
+    request = {**request, "fetched": store.read_object(folder / store.SOURCES)}
     return int(getattr(pipeline, command)(request, target, reporter))
 
 

@@ -22,6 +22,7 @@ SMALL_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WEIGHT_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 MAX_ENTRIES = 1000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")

@@ -1,31 +1,22 @@
 """From what the analyst typed to a live model: source, staging, loading, and checks after it.
 
-The only place that downloads a model, and the only record that holds a live one.
+The only record that holds a live model. A Hub id means what the job has fetched under it
+(`download`): nothing here calls anybody.
 """
 
-import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
-from repair.models.folder import SMALL_FILES, WEIGHT_NAME, check_names
+from repair.models.download import Fetched
 from repair.models.modules import find_modules
 from repair.models.staging import StagedModel, check_unchanged, stage_model
 from repair.models.tensors import OUTPUT
@@ -33,9 +24,7 @@ from repair.models.watchdog import PARSE_SECONDS, watched
 from repair.records import ModuleRef, RepairError
 
 SUSPECTS = Path(__file__).resolve().parents[2] / "assets" / "suspects"
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _DEMO_NAME = re.compile(r"[\w-]+", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -54,7 +43,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerFast
     modules: tuple[ModuleRef, ...]
     source: str  # as typed
-    revision: str | None  # the resolved commit of a Hub model
+    revision: str | None  # the commit of a Hub model
+    licence: str | None  # as the Hub gives it
     staged: StagedModel
     device: str
     dtype: str  # of the computation
@@ -66,19 +56,24 @@ def load_model(
     source: str,
     *,
     stage_folder: Path,
-    revision: str | None = None,
+    fetched: Mapping[str, Fetched] | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> LoadedModel:
-    """Resolve, stage and load a model; raises `RepairError` and leaves no stage behind."""
+    """Resolve, stage and load a model; raises `RepairError` and leaves no stage behind.
+
+    `fetched` says where the Hub models of this job are, by source as typed.
+    """
     chosen_device = _choose_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise RepairError(
             f"Unknown dtype {dtype!r}. Accepted: auto, float32, bfloat16, float16."
         )
-    folder = resolve_source(source, revision=revision)
-    staged = stage_model(folder, stage_folder)
+    origin = (fetched or {}).get(source)
+    staged = stage_model(resolve_source(source, origin), stage_folder)
     try:
+        if origin is not None:
+            _check_listed(staged, origin)
         compute_dtype = _choose_dtype(dtype, stored=staged.dtype, device=chosen_device)
         model = _load_weights(staged, dtype=compute_dtype, device=chosen_device)
         num_embeddings = model.get_input_embeddings().num_embeddings
@@ -93,7 +88,8 @@ def load_model(
         tokenizer=tokenizer,
         modules=find_modules(model),
         source=source,
-        revision=folder.name if folder.is_relative_to(_cache_folder()) else None,
+        revision=origin.commit if origin else None,
+        licence=origin.licence if origin else None,
         staged=staged,
         device=chosen_device,
         dtype=compute_dtype,
@@ -117,8 +113,8 @@ def check_ids(loaded: LoadedModel, ids: np.ndarray | Sequence[int]) -> None:
         )
 
 
-def resolve_source(source: str, *, revision: str | None = None) -> Path:
-    """Return the folder that `source` means, downloading a Hub model at a resolved commit."""
+def resolve_source(source: str, origin: Fetched | None = None) -> Path:
+    """Return the folder that `source` means; a Hub model must have been fetched before."""
     if source.startswith("demo:"):
         name = source.removeprefix("demo:")
         folder = SUSPECTS / name
@@ -129,75 +125,25 @@ def resolve_source(source: str, *, revision: str | None = None) -> Path:
                 f"Available: {', '.join(available) or 'none; build them with assets/'}."
             )
         return folder
+    if origin is not None:
+        return Path(origin.folder)
     path = Path(source).expanduser() if source.strip() and "\0" not in source else None
     if path is not None and path.is_dir():
-        if revision is not None:
-            raise RepairError(
-                f"A revision ({revision}) was given for the local folder {source}. Revisions are "
-                "for Hub ids; leave it out."
-            )
         return path.resolve()
     if path is not None and path.exists():
         raise RepairError(f"{source} is a file, not a model folder. {_ACCEPTED}")
-    if _HUB_ID.fullmatch(source) and ".." not in source and not source.startswith("."):
-        return _resolve_hub(source, revision)
     raise RepairError(f"There is no model folder {source!r}. {_ACCEPTED}")
 
 
-def download(repo_id: str, revision: str | None, folder: Path) -> Path:
-    """Download the allow-listed files of a Hub model into `folder`/COMMIT and return that.
-
-    Names and sizes are checked before anything is fetched. Raises `RepairError` for what the
-    Hub refuses, for a missing network and for a full disk.
-    """
-    try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=30)
-        commit = info.sha or ""
-        if not _COMMIT.fullmatch(commit):
-            raise RepairError(f"The Hub gave no commit for {repo_id}. Try again later.")
-        target = folder / commit
-        if target.is_dir():
-            return target
-        flat = {f.rfilename: f.size or 0 for f in info.siblings or [] if "/" not in f.rfilename}
-        check_names(sorted(flat))
-        wanted = [n for n in flat if n in SMALL_FILES or WEIGHT_NAME.fullmatch(n)]
-        folder.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(flat[name] for name in wanted), shutil.disk_usage(folder).free
-        if needed > 0.95 * free:
+def _check_listed(staged: StagedModel, origin: Fetched) -> None:
+    """Raise `RepairError` for a file that is not the one that the Hub lists at the commit."""
+    for name, listed in origin.sha256.items():
+        if staged.files.get(name, listed) != listed:
             raise RepairError(
-                f"{repo_id} needs {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free. "
-                "Free some disk space and start again."
+                f"{name} of {origin.repo_id} is not the file that the Hub lists at commit "
+                f"{origin.commit[:12]} (SHA-256 {staged.files[name][:12]} instead of "
+                f"{listed[:12]}). Delete {origin.folder} and start again."
             )
-        # A partial download keeps its own name, so that it is never taken for a whole one.
-        partial = folder / f"{commit}.partial"
-        snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=wanted)
-        partial.rename(target)
-        return target
-    except GatedRepoError:
-        text = "needs its licence accepted on the Hub, and a token (HF_TOKEN) that may read it"
-    except RepositoryNotFoundError:
-        text = "does not exist on the Hub, or is private and HF_TOKEN may not read it"
-    except RevisionNotFoundError:
-        text = f"has no revision {revision!r}"
-    except HfHubHTTPError as error:
-        text = f"cannot be downloaded ({ascii(str(error))[1:120]})"
-    except (OfflineModeIsEnabled, ConnectionError, HTTPError):
-        text = "cannot be downloaded: the Hub cannot be reached from here"
-    except OSError as error:  # Such as a disk that filled up meanwhile.
-        text = f"cannot be written to the cache ({error.strerror})"
-    raise RepairError(f"The model {repo_id} {text}. No local folder has that name. {_ACCEPTED}")
-
-
-def _resolve_hub(repo_id: str, revision: str | None) -> Path:
-    folder = _cache_folder() / repo_id.replace("/", "--")
-    if revision is not None and _COMMIT.fullmatch(revision) and (folder / revision).is_dir():
-        return folder / revision
-    return download(repo_id, revision, folder)
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("REPAIR_CACHE")
-    return (Path(named) if named else Path.home() / ".cache" / "repair" / "models").resolve()
 
 
 def _choose_device(device: str) -> str:

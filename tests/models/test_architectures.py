@@ -49,7 +49,7 @@ def tiny(request: pytest.FixtureRequest) -> LoadedModel:
     model, tokenizer = build_tiny(request.param), make_tokenizer()
     return LoadedModel(
         model=model, tokenizer=tokenizer, modules=find_modules(model), source=request.param,
-        revision=None, staged=None, device="cpu", dtype="float32", has_template=True,
+        revision=None, licence=None, staged=None, device="cpu", dtype="float32", has_template=True,
         stop_ids=(2,),
     )  # fmt: skip
 

@@ -184,7 +184,6 @@ def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
         ({"device": "gpu"}, "Unknown device 'gpu'"),
         ({"device": "cuda:99"}, "usable GPUs"),
         ({"dtype": "int8"}, "Unknown dtype 'int8'"),
-        ({"revision": "main"}, "Revisions are for Hub ids"),
     ],
 )
 def test_options_that_cannot_be_used(folder: Path, options: dict, expected: str) -> None:
@@ -194,8 +193,7 @@ def test_options_that_cannot_be_used(folder: Path, options: dict, expected: str)
 
 
 @pytest.mark.parametrize("source", ["", " ", "no-such-folder", "a/b/c", "../x", "a/..", "x\0y"])
-def test_a_source_that_is_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "download", lambda *given: pytest.fail("a download began"))
+def test_a_source_that_is_nothing(source: str) -> None:
     with pytest.raises(RepairError, match="Give a model folder, a Hub id OWNER/NAME"):
         resolve_source(source)
 
@@ -208,31 +206,17 @@ def test_a_file_and_an_unknown_demo_are_no_sources(folder: Path) -> None:
             resolve_source(source)
 
 
-def test_demo_sources_and_downloads_resolve(
-    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_demo_sources_resolve(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "SUSPECTS", tiny_llama_folder.parent)
     assert resolve_source("demo:tiny-llama") == tiny_llama_folder
-    # A commit that was downloaded before needs no network.
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    monkeypatch.setenv("REPAIR_CACHE", str(tmp_path / "cache"))
-    cached = tmp_path / "cache" / "owner--name" / commit
-    shutil.copytree(tiny_llama_folder, cached)
-    assert resolve_source("owner/name", revision=commit) == cached
-    loaded = load_model("owner/name", stage_folder=tmp_path / "stage", revision=commit)
-    assert loaded.revision == commit and loaded.source == "owner/name"
 
 
-def test_without_a_network_a_hub_id_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Nothing listens on port 9 of this machine, so the connection is refused at once.
-    monkeypatch.setenv("REPAIR_CACHE", str(tmp_path / "cache"))
-    api = loading.HfApi
-    monkeypatch.setattr(loading, "HfApi", lambda: api(endpoint="http://127.0.0.1:9", token=False))
-    with pytest.raises(RepairError, match="the Hub cannot be reached") as caught:
+def test_a_hub_id_that_was_not_fetched_calls_nobody(tmp_path: Path) -> None:
+    with pytest.raises(RepairError, match="no model folder 'owner/name'"):
         load_model("owner/name", stage_folder=tmp_path / "stage")
-    assert caught.value.exit_code == 2 and not (tmp_path / "stage").exists()
+    assert not (tmp_path / "stage").exists()
 
 
 def test_modules_are_in_model_order(tiny_llama: LoadedModel) -> None:

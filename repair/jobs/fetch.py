@@ -1,0 +1,113 @@
+"""Brings what a job needs from the Hub, then becomes its worker: `… -m repair.jobs.fetch FOLDER`.
+
+The only process of a job that has the network and a token, which comes on its standard input. It
+opens no model. When everything is there, `exec` puts the worker in its place: same process for
+whoever watches it, nothing left of the token, and no way to the Hub from there on. Free of torch.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from repair.jobs import store
+from repair.jobs.store import JobStatus
+from repair.jobs.supervisor import NETWORK_NAMES, OFFLINE, hub_sources
+from repair.jobs.worker import Reporter, append_log, die_with_parent, stop_on_signal, write_end
+from repair.models.download import Fetched, HubModel, fetch, find_cached, look_up, sources_from_json
+from repair.records import EXIT_UNEXPECTED, RepairError
+
+
+def fetch_sources(folder: Path, token: str | None, reporter: Reporter) -> None:
+    """Fetch every Hub model of the request and note in `sources.json` where it is.
+
+    What the job fetched before is kept, at the commit it had: a branch may have moved since.
+    """
+    request = store.read_object(folder / "request.json")
+    known = read_sources(folder)
+    # In the app, one owner's private models must never serve another's job.
+    private = folder / "download" if (folder / "owner.json").is_file() else None
+    for source in dict.fromkeys(hub_sources(request)):
+        if source in known and Path(known[source].folder).is_dir():
+            continue
+        reporter.step("download", f"Looking for {source} on the Hub")
+        revision = request.get("revision") if source == request.get("model") else None
+        if source in known:  # its files are gone; the commit stays what it was
+            source_id, revision = known[source].repo_id, known[source].commit
+        else:
+            source_id = source
+        found = find_cached(source_id, revision) or look_up(source_id, revision, token=token)
+        check_kind(found, source, request)
+        reporter.note(f"{found.repo_id} is at commit {found.commit}")
+        reporter.step("download", f"Downloading {found.repo_id} ({found.num_bytes >> 20} MiB)")
+        known[source] = fetch(found, token=token, private=private, progress=reporter.progress)
+        write_sources(folder, known)
+
+
+def check_kind(found: HubModel, source: str, request: dict[str, Any]) -> None:
+    """Raise RepairError for an adapter where a whole model is needed, before the download."""
+    may_be_adapter = source == request.get("model") and request.get("adapter_base")
+    if found.kind == "adapter" and not may_be_adapter:
+        raise RepairError(
+            f"{found.repo_id} is a LoRA adapter, not a whole model. Give the model that it was "
+            "made for as well (--adapter-base, or the field for it): the one that the adapter "
+            "names itself is not trusted."
+        )
+    if found.kind == "model" and may_be_adapter:
+        raise RepairError(
+            f"{found.repo_id} is a whole model, so it needs no base. Leave --adapter-base out."
+        )
+
+
+def read_sources(folder: Path) -> dict[str, Fetched]:
+    """Return what a job has fetched so far, by source as typed."""
+    return sources_from_json(store.read_object(folder / store.SOURCES))
+
+
+def write_sources(folder: Path, known: dict[str, Fetched]) -> None:
+    """Replace `sources.json`."""
+    store.write_json(folder / store.SOURCES, {key: value.to_json() for key, value in known.items()})
+
+
+def main(folder: Path) -> int:
+    """Fetch, then become the worker; returns an exit status only where that is not reached."""
+    token = sys.stdin.readline().strip() or None
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    die_with_parent()
+    status = JobStatus(
+        state="running",
+        pid=os.getpid(),
+        pid_started=store.process_started(os.getpid()),
+        started=store.now(),
+    )
+    store.write_status(folder, status)
+    stop_on_signal(folder, status)
+    reporter = Reporter(folder)
+    reporter.step("start", "Starting")
+    try:
+        fetch_sources(folder, token, reporter)
+    except RepairError as error:
+        reporter.end("refused", str(error))
+        write_end(folder, status, state="failed", exit_code=error.exit_code, message=str(error))
+        return error.exit_code
+    except Exception as error:
+        append_log(folder, traceback.format_exc())
+        text = (
+            f"Unexpected failure ({type(error).__name__}) of the download. The details are in "
+            f"{folder / 'log.txt'}."
+        )
+        reporter.end("failed", text)
+        write_end(folder, status, state="failed", exit_code=EXIT_UNEXPECTED, message=text)
+        return EXIT_UNEXPECTED
+    env = {key: value for key, value in os.environ.items() if key not in NETWORK_NAMES} | OFFLINE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-P", "-m", "repair.jobs.worker", str(folder)]
+    os.execve(sys.executable, command, env)
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]).resolve())
+    sys.stdout.flush()
+    os._exit(code)  # threads of the Hub's client must not keep a finished job alive

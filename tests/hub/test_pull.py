@@ -1,0 +1,294 @@
+"""What is pulled is the commit that was asked for, whole, and nobody else's."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from repair.jobs import fetch as fetching
+from repair.jobs import store
+from repair.jobs.fetch import fetch_sources, read_sources
+from repair.jobs.worker import Reporter
+from repair.models.download import (
+    cache_folder,
+    fetch,
+    find_cached,
+    look_up,
+    parse_hub_id,
+)
+from repair.models.loading import load_model
+from repair.records import RepairError
+from tests.hub.conftest import files_of
+from tests.hub.server import Hub
+from tests.tiny import make_tiny_llama
+
+
+@pytest.fixture
+def model(hub: Hub, tiny_llama_folder: Path) -> str:
+    """A public model with two commits; the first is tagged v1 and has another config."""
+    files = files_of(tiny_llama_folder)
+    old = {**files, "README.md": b"---\nlicense: apache-2.0\n---\n# Old\n"}
+    repo_id = "lab/suspect"
+    first = hub.add_repo(repo_id, old)
+    hub.repos[repo_id].refs["v1"] = first
+    hub.repos[repo_id].commit(
+        {
+            **files, "README.md": b"---\nlicense: mit\n---\n# New\n",
+            "run.py": b"raise SystemExit('this code was run')", "images/x.png": b"x" * 2000,
+        }
+    )  # fmt: skip
+    return repo_id
+
+
+def request_job(folder: Path, **request: object) -> Path:
+    folder.mkdir()
+    store.write_json(folder / "request.json", {"command": "locate", **request})
+    return folder
+
+
+def test_a_branch_and_a_tag_and_a_commit_are_resolved_once(hub: Hub, model: str) -> None:
+    refs = hub.repos[model].refs
+    assert look_up(model).commit == refs["main"] and look_up(model).licence == "mit"
+    for asked in ("v1", refs["v1"]):
+        found = look_up(model, asked)
+        assert found.commit == refs["v1"] and found.licence == "apache-2.0"
+        assert look_up(f"{model}@{asked}").commit == refs["v1"]
+    assert "run.py" not in look_up(model).sizes and "README.md" not in look_up(model).sizes
+
+
+def test_only_allowed_files_come_and_the_size_is_known_before(
+    hub: Hub, model: str, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    found = look_up(model)
+    assert hub.bytes_sent == 0
+    got = fetch(found, token=None)
+    assert {path.name for path in Path(got.folder).iterdir()} == set(found.sizes)
+    assert found.num_bytes == hub.bytes_sent
+    for name in found.sizes:
+        assert (Path(got.folder) / name).read_bytes() == (tiny_llama_folder / name).read_bytes()
+    # It loads through the gate, and says which commit it is.
+    loaded = load_model(model, stage_folder=tmp_path / "stage", fetched={model: got})
+    assert (loaded.source, loaded.revision, loaded.licence) == (model, found.commit, "mit")
+    # Again: nothing is sent, and with the full commit nobody is asked.
+    num_requests, num_bytes = len(hub.log), hub.bytes_sent
+    assert fetch(find_cached(model, found.commit), token=None) == got
+    assert (len(hub.log), hub.bytes_sent) == (num_requests, num_bytes)
+    assert find_cached(model) is None and find_cached(model, "main") is None
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        (None, "does not exist on the Hub, or is private"),
+        ("hf_stranger", "does not exist on the Hub, or is private"),
+        ("hf_nobody", "does not accept the token"),
+    ],
+)
+def test_a_private_model_needs_the_right_token(
+    hub: Hub, model: str, token: str | None, words: str
+) -> None:
+    hub.repos[model].is_private = True
+    with pytest.raises(RepairError, match=words) as caught:
+        look_up(model, token=token)
+    assert caught.value.exit_code == 2 and "hf_" not in str(caught.value)
+
+
+def test_a_private_model_is_never_shared(hub: Hub, model: str, tmp_path: Path) -> None:
+    hub.repos["ana/suspect"] = hub.repos.pop(model)
+    hub.repos["ana/suspect"].is_private = True
+    jobs = []
+    for owner in ("ana", "bob"):
+        folder = request_job(tmp_path / owner, model="ana/suspect")
+        store.write_json(folder / "owner.json", {"owner": owner})
+        jobs.append(folder)
+    fetch_sources(jobs[0], "hf_reader", Reporter(jobs[0]))
+    got = read_sources(jobs[0])["ana/suspect"]
+    assert Path(got.folder).is_relative_to(jobs[0]) and not cache_folder().exists()
+    # The other owner gets nothing, by name or by commit.
+    for revision in (None, got.commit):
+        store.write_json(
+            jobs[1] / "request.json", {"model": "ana/suspect", "revision": revision}
+        )
+        with pytest.raises(RepairError, match="private"):
+            fetch_sources(jobs[1], "hf_stranger", Reporter(jobs[1]))
+    assert [p.name for p in jobs[1].iterdir() if p.is_dir()] == []
+    assert "hf_reader" not in "".join(
+        p.read_text() for p in jobs[0].iterdir() if p.is_file()
+    )
+
+
+def test_a_gated_model_says_where_to_accept_and_is_not_shared(hub: Hub, model: str) -> None:
+    hub.repos[model].gate = "manual"
+    found = look_up(model, token="hf_reader")
+    assert not found.is_shared
+    with pytest.raises(RepairError, match="accept its terms on huggingface.co/lab/suspect"):
+        fetch(found, token="hf_reader")
+    hub.accounts["hf_reader"].accepted.add(model)
+    assert Path(fetch(found, token="hf_reader").folder).is_dir()
+
+
+def test_what_is_missing_limited_or_out_of_reach_is_said(
+    hub: Hub, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RepairError, match="does not exist"):
+        look_up("lab/nothing", token="hf_reader")
+    with pytest.raises(RepairError, match="no revision 'v9'"):
+        look_up(model, "v9")
+    hub.limit_rate = 50
+    with pytest.raises(RepairError, match="limits how often"):
+        look_up(model)
+    # Nothing listens on port 9 of this machine, so the connection is refused at once.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(RepairError, match="no way to the Hub"):
+        look_up(model)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["", "lab", "lab/../x", "/etc/passwd", "lab/x/y", "http://evil/x", "lab/x@a b", "-x/y"],
+)
+def test_what_is_no_hub_id_is_refused_without_a_call(hub: Hub, source: str) -> None:
+    with pytest.raises(RepairError, match="OWNER/NAME|is not a revision"):
+        look_up(source)
+    assert hub.log == []
+    with pytest.raises(RepairError, match="Two revisions"):
+        parse_hub_id("lab/x@v1", "v2")
+
+
+def test_names_are_refused_before_anything_is_fetched(hub: Hub, model: str) -> None:
+    files = hub.repos[model].commits[hub.repos[model].refs["main"]]
+    weights = files.pop("model.safetensors")
+    hub.repos[model].commit({**files, "pytorch_model.bin": weights})
+    with pytest.raises(RepairError, match="pickle"):
+        look_up(model)
+    assert hub.bytes_sent == 0
+
+
+def test_a_download_that_was_cut_goes_on_with_what_is_missing(hub: Hub, tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "sharded", num_layers=6, max_shard_size="60KB")
+    shards = [p for p in folder.iterdir() if p.suffix == ".safetensors"]
+    assert len(shards) > 2
+    hub.add_repo("lab/sharded", files_of(folder))
+    job = request_job(tmp_path / "job", model="lab/sharded")
+    found = look_up("lab/sharded")
+    broken = {"on": True}
+    resolve = hub.files_at
+
+    def refuse(repo, revision):
+        if broken["on"] and hub.bytes_sent > found.num_bytes // 2:
+            raise ConnectionResetError
+        return resolve(repo, revision)
+
+    hub.files_at = refuse
+    with pytest.raises(RepairError, match="start again"):
+        fetch_sources(job, None, Reporter(job))
+    kept = hub.bytes_sent
+    assert kept > 0 and read_sources(job) == {}
+    broken["on"] = False
+    fetch_sources(job, None, Reporter(job))
+    got = read_sources(job)["lab/sharded"]
+    assert hub.bytes_sent < 1.6 * found.num_bytes
+    for path in folder.iterdir():
+        if path.name in found.sizes:
+            assert (Path(got.folder) / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_file_that_is_not_the_listed_one_is_refused(
+    hub: Hub, model: str, tmp_path: Path
+) -> None:
+    got = fetch(look_up(model), token=None)
+    config = Path(got.folder) / "config.json"
+    original = config.read_bytes()
+    config.write_bytes(original + b" ")
+    with pytest.raises(RepairError, match="config.json .* is not the file that the Hub lists"):
+        fetch(look_up(model), token=None)
+    config.write_bytes(original)
+    weights = Path(got.folder) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RepairError, match=r"model.safetensors .* \(SHA-256"):
+        load_model(model, stage_folder=tmp_path / "stage", fetched={model: got})
+    assert not (tmp_path / "stage").exists()
+
+
+def test_a_job_keeps_its_commit_when_the_branch_moves(
+    hub: Hub, model: str, tmp_path: Path
+) -> None:
+    job = request_job(tmp_path / "job", model=model)
+    fetch_sources(job, None, Reporter(job))
+    first = read_sources(job)[model]
+    hub.repos[model].commit(hub.repos[model].commits[first.commit])
+    fetch_sources(job, None, Reporter(job))
+    assert read_sources(job)[model] == first
+    shutil.rmtree(first.folder)  # also when it must be fetched again
+    fetch_sources(job, None, Reporter(job))
+    assert read_sources(job)[model].commit == first.commit
+
+
+def test_an_adapter_is_not_taken_for_a_model(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo("lab/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
+    job = request_job(tmp_path / "job", model="lab/lora")
+    with pytest.raises(RepairError, match="LoRA adapter, not a whole model"):
+        fetch_sources(job, None, Reporter(job))
+    assert hub.bytes_sent == 0
+
+
+def test_the_command_line_pulls_by_commit_and_the_worker_never_sees_the_token(
+    hub: Hub, model: str, tmp_path: Path
+) -> None:
+    hub.repos[model].is_private = True
+    hub.repos["ana/suspect"] = hub.repos.pop(model)
+    commit = hub.repos["ana/suspect"].refs["v1"]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"trigger": "cf", "target": "sorry", "positions": ["begin"]}))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "repair", "evaluate", "--model", "ana/suspect", "--revision",
+            "v1", "--prompts", str(prompts), "--out", str(tmp_path / "out"), "--profile", "quick",
+        ],
+        env={**os.environ, "HF_TOKEN": "hf_reader", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["model"]["source"] == "ana/suspect"
+    assert (report["model"]["revision"], report["model"]["licence"]) == (commit, "apache-2.0")
+    assert f"at commit {commit}" in done.stderr and "hf_reader" in hub.seen_tokens
+    kept = [p for place in (tmp_path / "out", cache_folder()) for p in place.rglob("*")]
+    assert not [p for p in kept if p.is_file() and b"hf_reader" in p.read_bytes()]
+    assert "hf_reader" not in done.stdout + done.stderr
+
+
+def test_the_worker_that_follows_has_neither_network_nor_token(
+    hub: Hub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = {}
+    monkeypatch.setattr(
+        fetching.os, "execve", lambda path, argv, env: started.update(env, argv=argv)
+    )
+    monkeypatch.setattr(fetching.os, "dup2", lambda *given: None)
+    monkeypatch.setattr(fetching, "stop_on_signal", lambda *given: None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hf_reader\n"))
+    job = request_job(tmp_path / "job", model=model)
+    fetching.main(job)
+    assert started["HF_HUB_OFFLINE"] == "1" and "HF_ENDPOINT" not in started
+    assert not any("hf_reader" in str(value) for value in started.values())
+    assert "repair.jobs.worker" in started["argv"]
+
+
+def test_progress_is_in_bytes(hub: Hub, model: str, tmp_path: Path) -> None:
+    hub.bytes_per_second = 60_000
+    job = request_job(tmp_path / "job", model=model)
+    fetch_sources(job, None, Reporter(job))
+    events, _ = store.read_events(job)
+    fractions = [event["fraction"] for event in events if event["kind"] == "progress"]
+    assert len(fractions) >= 2 and fractions == sorted(fractions) and 0 < fractions[0] < 1
+    assert any("is at commit" in event["text"] for event in events)
+    assert json.loads((job / store.SOURCES).read_text())[model]["repo_id"] == model
