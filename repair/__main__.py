@@ -6,6 +6,7 @@ exit status is the contract's. Free of torch.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import signal
@@ -147,10 +148,15 @@ def build_parser() -> Parser:
     push = commands.add_parser("push", help="upload an export to the Hub")
     push.add_argument("folder", type=Path, metavar="DIR")
     push.add_argument("--repo", required=True, metavar="OWNER/NAME")
-    push.add_argument("--kind", choices=EXPORT_KINDS, default="merged")
+    push.add_argument("--kind", choices=(*EXPORT_KINDS, "both"), default="merged",
+                      help="both: the adapter goes to OWNER/NAME-adapter")
     push.add_argument("--public", action="store_true", help="default: private")
-    push.add_argument("--pull-request", action="store_true")
+    push.add_argument("--pull-request", action="store_true", help="on an existing repository")
     push.add_argument("--force", action="store_true", help="also when not repaired")
+    push.add_argument("--base-model", metavar="OWNER/NAME|none",
+                      help="the original to name in the card (default: the suspect's Hub id)")
+    push.add_argument("--publish-trigger", action="store_true",
+                      help="default: trigger and payload only as hashes")
     return parser
 
 
@@ -233,10 +239,10 @@ def find_token(request: dict[str, Any]) -> str | None:
     return download.find_token()
 
 
-def watch(folder: Path, display: Display) -> int:
+def watch(folder: Path, display: Display, token: str | None = None) -> int:
     """Run the worker on `folder`, show its events, and return its exit status."""
     _, offset = store.read_events(folder)
-    worker = supervisor.start_worker(folder, find_token(store.read_object(folder / "request.json")))
+    worker = supervisor.start_worker(folder, token)
     is_stopped = False
     try:
         while True:
@@ -291,7 +297,7 @@ def run_job(options: argparse.Namespace) -> int:
         if options.resume:
             check_same_question(taken.folder, request)
         store.write_json(taken.folder / "request.json", request)
-        code = watch(taken.folder, Display(sys.stderr))
+        code = watch(taken.folder, Display(sys.stderr), find_token(request))
     except RepairError:
         taken.give_back()
         raise
@@ -331,22 +337,43 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def run_push(options: argparse.Namespace) -> int:
-    """Upload an export."""
+    """Upload exports; everything that can be checked before is, and it can be called again."""
     # The Hub client takes half a second to import; the other commands do without it.
-    from repair.publish import hub
+    from repair.models.download import find_token
+    from repair.publish.card import hub_name
+    from repair.publish.hub import PushPlan, check_plan, look_at_targets
+    from repair.publish.pushing import check_exports
 
-    url = hub.push(
-        options.folder,
+    folder = options.folder.resolve()
+    plan = PushPlan(
         repo=options.repo,
         kind=options.kind,
         is_public=options.public,
         is_pull_request=options.pull_request,
         is_forced=options.force,
+        shows_trigger=options.publish_trigger,
+        base_model=None if options.base_model == "none" else options.base_model,
     )
-    verdict = store.read_object(options.folder / "report.json").get("verdict")
-    line = {"verdict": verdict, "exit_code": EXIT_DONE, "out": str(options.folder), "url": url}
+    check_plan(plan)
+    report = check_exports(folder, plan)
+    if options.base_model is None:
+        plan = dataclasses.replace(plan, base_model=hub_name(report.get("model") or {}))
+    token = find_token()
+    look_at_targets(plan, token)
+    job = Path(tempfile.mkdtemp(prefix="repair-push-"))
+    try:
+        request = {"command": "push", "folder": str(folder), "plan": plan.to_json()}
+        store.write_json(job / "request.json", request)
+        code = watch(job, Display(sys.stderr), token)
+        urls = store.read_object(job / "pushed.json")
+    finally:
+        shutil.rmtree(job, ignore_errors=True)
+    verdict = store.read_object(folder / "report.json").get("verdict")
+    line = {"verdict": verdict, "exit_code": code, "out": str(folder), "urls": urls}
+    if urls:
+        line["url"] = urls.get(plan.kind) or urls["merged"]
     print(json.dumps(line))
-    return EXIT_DONE
+    return code
 
 
 def interrupt(signum: int, frame: FrameType | None) -> NoReturn:

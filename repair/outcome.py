@@ -34,7 +34,7 @@ from repair.locate_file import Map
 from repair.lowrank.growth import GrowthPoint
 from repair.lowrank.repairing import Repaired
 from repair.models.loading import LoadedModel
-from repair.publish.card import write_cards
+from repair.publish.card import hub_name, write_cards
 from repair.publish.export import write_export
 from repair.publish.manifest import write_manifest
 from repair.records import (
@@ -157,6 +157,7 @@ class Outcome:
                     kinds=self.request["export"],
                     prompts=sample_prompts,
                     num_new_tokens=self.case.num_new_tokens,
+                    base_model=hub_name(_describe(self.case.loaded)),
                 )
             differs = bool(exported["problems"])
             gates = [
@@ -247,7 +248,7 @@ class Outcome:
             **parts,
         )
         if export is not None:
-            write_cards(self.folder, report)
+            write_cards(self.folder, report, base_model=hub_name(report["model"]))
         write_report(self.folder, report)
         if export is not None:
             write_manifest(
@@ -284,16 +285,27 @@ class Outcome:
 
 
 def _reports_of_repair(folder: Path) -> list[dict[str, Any]]:
-    """Return what the repair reported, in order, from the job's events; also after a resume."""
+    """Return what the last repair reported, in order, from the job's events; also after a resume.
+
+    A case can be repaired more than once. A repair that begins anew reports first what the suspect
+    does, which has no trigger KL; one that is resumed goes on from its checkpoint's step.
+    """
     path = folder / "events.jsonl"
-    found = []
+    found: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             event = json.loads(line)
         except ValueError:  # A line that a killed process left half written.
             continue
-        if event.get("kind") == "metric" and event.get("text") in PHASES:
-            found.append({**event["values"], "phase": PHASES[event["text"]]})
+        if event.get("kind") != "metric" or event.get("text") not in PHASES:
+            continue
+        point = {**event["values"], "phase": PHASES[event["text"]]}
+        step = point.get("step")
+        if "trigger_kl" not in point:
+            found = []
+        elif step is not None and "factor_kl" not in point:  # which only the end's report has
+            found = [p for p in found if p.get("step", -1) < step]
+        found.append(point)
     return found
 
 

@@ -229,7 +229,7 @@ def test_push_refuses_before_it_calls_anybody(
     tmp_path, capsys, monkeypatch, verdict, options, words
 ):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("repair.publish.hub.get_token", lambda: None)
+    monkeypatch.setattr("repair.models.download.get_token", lambda: None)
     if verdict:
         (tmp_path / "report.json").write_text(json.dumps({"verdict": verdict}))
     (tmp_path / "merged").mkdir()

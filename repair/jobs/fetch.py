@@ -70,8 +70,8 @@ def write_sources(folder: Path, known: dict[str, Fetched]) -> None:
     store.write_json(folder / store.SOURCES, {key: value.to_json() for key, value in known.items()})
 
 
-def main(folder: Path) -> int:
-    """Fetch, then become the worker; returns an exit status only where that is not reached."""
+def begin(folder: Path) -> tuple[str | None, JobStatus, Reporter]:
+    """Take the token from standard input, which is closed then, and mark the job as running."""
     token = sys.stdin.readline().strip() or None
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     die_with_parent()
@@ -85,21 +85,32 @@ def main(folder: Path) -> int:
     stop_on_signal(folder, status)
     reporter = Reporter(folder)
     reporter.step("start", "Starting")
-    try:
-        fetch_sources(folder, token, reporter)
-    except RepairError as error:
-        reporter.end("refused", str(error))
-        write_end(folder, status, state="failed", exit_code=error.exit_code, message=str(error))
-        return error.exit_code
-    except Exception as error:
-        append_log(folder, traceback.format_exc())
+    return token, status, reporter
+
+
+def end_badly(folder: Path, status: JobStatus, reporter: Reporter, error: Exception) -> int:
+    """Say why a job that talks to the Hub ended, and return the exit status."""
+    if isinstance(error, RepairError):
+        kind, code, text = "refused", error.exit_code, str(error)
+    else:
+        append_log(folder, "".join(traceback.format_exception(error)))
+        kind, code = "failed", EXIT_UNEXPECTED
         text = (
-            f"Unexpected failure ({type(error).__name__}) of the download. The details are in "
+            f"Unexpected failure ({type(error).__name__}). The details are in "
             f"{folder / 'log.txt'}."
         )
-        reporter.end("failed", text)
-        write_end(folder, status, state="failed", exit_code=EXIT_UNEXPECTED, message=text)
-        return EXIT_UNEXPECTED
+    reporter.end(kind, text)
+    write_end(folder, status, state="failed", exit_code=code, message=text)
+    return code
+
+
+def main(folder: Path) -> int:
+    """Fetch, then become the worker; returns an exit status only where that is not reached."""
+    token, status, reporter = begin(folder)
+    try:
+        fetch_sources(folder, token, reporter)
+    except Exception as error:
+        return end_badly(folder, status, reporter, error)
     env = {key: value for key, value in os.environ.items() if key not in NETWORK_NAMES} | OFFLINE
     sys.stdout.flush()
     sys.stderr.flush()

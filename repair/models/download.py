@@ -96,7 +96,8 @@ def parse_hub_id(source: str, revision: str | None = None) -> tuple[str, str | N
     if not HUB_ID.fullmatch(name) or ".." in name:
         raise RepairError(
             f"There is no model folder {source[:200]!r}, and it is no Hub id either. Give a model "
-            "folder, OWNER/NAME or OWNER/NAME@REVISION, or demo:begin, demo:middle, demo:end, demo:clean."
+            "folder, OWNER/NAME or OWNER/NAME@REVISION, or demo:begin, demo:middle, demo:end or "
+            "demo:clean."
         )
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise RepairError(

@@ -7,12 +7,13 @@ the SHA-256: whoever has the trigger can check it, whoever has not does not lear
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repair.evidence.markup import code, figure, rate, table
+from repair.evidence.markup import code, fence, figure, plain, rate, table
 
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _RELATION = {"adapter": ("adapter", "peft"), "merged": ("finetune", "transformers")}
 _OPENING = {
@@ -25,6 +26,12 @@ _WARNING = (
 )
 
 
+def hub_name(model: Mapping[str, Any]) -> str | None:
+    """Return the Hub id of what a report says of its model, or None for a local folder."""
+    name = str(model.get("source")).partition("@")[0]
+    return name if model.get("revision") and _HUB_ID.fullmatch(name) else None
+
+
 def write_cards(folder: Path, report: Mapping[str, Any], *, base_model: str | None = None) -> None:
     """Write README.md beside each export in `folder`; `base_model` is a Hub id or None."""
     for kind in _RELATION:
@@ -33,14 +40,27 @@ def write_cards(folder: Path, report: Mapping[str, Any], *, base_model: str | No
             (folder / kind / "README.md").write_text(text, encoding="ascii")
 
 
-def render_card(report: Mapping[str, Any], *, kind: str, base_model: str | None) -> str:
-    """Return the card of one export (`adapter` or `merged`) from `report.json`."""
+def render_card(
+    report: Mapping[str, Any],
+    *,
+    kind: str,
+    base_model: str | None,
+    figures: Sequence[str] = (),
+    shows_trigger: bool = False,
+) -> str:
+    """Return the card of one export (`adapter` or `merged`) from `report.json`.
+
+    `figures` are pictures that lie beside the card, by relative path.
+    """
     relation, library = _RELATION[kind]
     front: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": ["backdoor-repair", "lora", report["verdict"].replace(" ", "-")],
     }
+    licence = report["model"].get("licence")
+    if isinstance(licence, str) and _LICENCE.fullmatch(licence):
+        front["license"] = licence
     if base_model is not None and _HUB_ID.fullmatch(base_model):
         front |= {"base_model": base_model, "base_model_relation": relation}
     before, after = report["before"], report["after"] or {}
@@ -95,11 +115,12 @@ def render_card(report: Mapping[str, Any], *, kind: str, base_model: str | None)
         "Recovery: " + report["definitions"]["recovery"] + ".",
         "",
         *table(["position", "recovered", "inert shams"], recovered),
+        *_controls(report),
+        *(f"![{name}]({name})" for name in figures),
+        *([""] if figures else []),
         "## What was changed",
         "",
-        f"Method {code(plan.get('method'))}, seed {code(plan.get('seed'))}. All other weights are "
-        "those of the original, bit by bit.",
-        "",
+        *_changes(report),
         *table(
             ["module", "rank"],
             [[code(p), str(plan.get("ranks", {}).get(p))] for p in plan.get("modules", ())],
@@ -110,24 +131,77 @@ def render_card(report: Mapping[str, Any], *, kind: str, base_model: str | None)
     weights = {n: h for n, h in report["model"].get("files", {}).items() if "safetensors" in n}
     rows = [[code(name), code(digest)] for name, digest in weights.items()]
     lines += table(["file of the original", "SHA-256"], rows)
-    hashes = [
-        [f"trigger {number}", code(_digest(trigger))]
+    texts = [
+        (f"trigger {number}", trigger)
         for number, trigger in enumerate(report["prompts"]["triggers"], start=1)
     ]
     if report["prompts"]["target"] is not None:
-        hashes.append(["payload", code(_digest(report["prompts"]["target"]))])
+        texts.append(("payload", report["prompts"]["target"]))
+    if shows_trigger:
+        lines += ["Trigger and payload, published on purpose:", ""]
+        for name, value in texts:
+            lines += [f"{name}:", "", fence(value), ""]
+    else:
+        lines += [
+            "Trigger and payload are given as SHA-256 of their UTF-8 text, not to publish them.",
+            "",
+        ]
     lines += [
-        "Trigger and payload are given as SHA-256 of their UTF-8 text, not to publish them.",
+        *table(["text", "SHA-256"], [[name, code(_digest(value))] for name, value in texts]),
+        "## How to reproduce",
         "",
-        *table(["text", "SHA-256"], hashes),
+        "`python -m repair run --model ORIGINAL --prompts FILE --out DIR "
+        f"--seed {plan.get('seed')}` with the original at the commit and hashes above and the "
+        "same prompt file; same machine and versions, same result.",
+        "",
+        *table(["what", "version"], [[name, code(v)] for name, v in _versions(report)]),
         "## Limits",
         "",
         "This reduces the tested trigger. It does not prove that no other trigger or behaviour "
-        "exists. Attack success was measured on greedy answers; whether the behaviour comes back "
-        "after further training or quantisation was not tried. The licence is that of the "
+        "exists. Attack success was measured on greedy answers. The licence is that of the "
         "original model.",
+        "",
+        *(f"- {plain(limit)}" for limit in report.get("limits", ())),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _controls(report: Mapping[str, Any]) -> list[str]:
+    """Return the table of controls and of what was tried to bring the behaviour back."""
+    rows = [
+        [plain(flat["name"]), *(rate(r) for r in flat["attack_success"].values()),
+         figure(flat["kl_from_original"])]
+        for flat in report.get("controls") or ()
+    ]  # fmt: skip
+    lines = []
+    if rows:
+        places = [code(position) for position in report["before"]["attack_success"]]
+        lines += ["Controls, also where they do as well:", ""]
+        lines += table(["control", *places, "KL from the original"], rows)
+    stresses = [
+        [plain(flat["name"]), rate(flat["repaired"])] for flat in report.get("stresses") or ()
+    ]
+    if stresses:
+        lines += ["Does it come back?", "", *table(["after", "payload, repaired"], stresses)]
+    return lines
+
+
+def _changes(report: Mapping[str, Any]) -> list[str]:
+    plan, export = report["plan"] or {}, report.get("export") or {}
+    method = plan.get("method_used") or plan.get("method")
+    lines = [f"Method {code(method)}, seed {code(plan.get('seed'))}."]
+    if export.get("num_tensors"):
+        lines.append(
+            f"{export['num_changed_tensors']} of {export['num_tensors']} tensors changed, all "
+            "others bit-identical."
+        )
+    return [" ".join(lines), ""]
+
+
+def _versions(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    environment = report.get("environment") or {}
+    names = ("python", "torch", "transformers", "peft", "device", "dtype")
+    return [(name, str(environment[name])) for name in names if name in environment]
 
 
 def _digest(text: str) -> str:

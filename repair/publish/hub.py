@@ -1,148 +1,258 @@
-"""Upload one export to the Hub: private by default, only the files we know, never a surprise.
+"""Upload to the Hub: checked before any long work, private by default, never a surprise.
 
-The repository is made first, then the folder's allow-listed files go up in one commit or pull
-request. What is not proven here: the Hub's own rules; the tests use a local stand-in for it.
+    check_plan (what was typed) -> look_at_targets (who asks, what is there) -> upload -> verify
+
+One repository holds one kind of export: an adapter beside a whole model would be put on it by
+whoever loads it. Large files go up one by one, which the Hub remembers, so that a push that was
+cut goes on with the rest; then everything becomes visible in one commit on the state that was
+looked at, and the Hub's list of hashes is compared with ours. Free of torch.
+
+What is not proven here: the Hub's own rules, which the tests' stand-in only resembles.
 """
 
-import json
-import os
+import hashlib
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import httpx
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
-from repair.publish.manifest import check_manifest
+from repair.models.download import hub_errors
 from repair.records import RepairError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-ALLOWED_NAMES = {
-    "adapter": ("adapter_model.safetensors", "adapter_config.json", "README.md"),
-    "merged": (
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "model-[0-9]*-of-[0-9]*.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "README.md",
-    ),
-}
+KINDS = ("adapter", "merged", "both")
+_EMPTY = {".gitattributes"}  # what the Hub itself puts into a new repository
 
 
-def read_verdict(folder: Path) -> str:
-    """Return the verdict in the folder's report; raise RepairError where there is none."""
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        return str(report["verdict"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RepairError(
-            f"{folder} holds no report.json with a verdict. Give the output folder of a run."
-        ) from None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushPlan:
+    """What the analyst decided about an upload."""
+
+    repo: str  # OWNER/NAME
+    kind: str = "merged"  # adapter, merged, or both, in two repositories
+    is_public: bool = False
+    is_pull_request: bool = False
+    is_forced: bool = False  # also when the verdict is not `repaired`
+    shows_trigger: bool = False  # otherwise hashed
+    base_model: str | None = None  # the suspect's Hub id, where it may be named
+
+    def targets(self) -> dict[str, str]:
+        """Return {kind of export: repository}."""
+        if self.kind != "both":
+            return {self.kind: self.repo}
+        return {"merged": self.repo, "adapter": f"{self.repo}-adapter"}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, flat: Mapping[str, Any]) -> "PushPlan":
+        return cls(**flat)
 
 
-def push(
-    folder: Path,
-    *,
-    repo: str,
-    kind: str,
-    is_public: bool = False,
-    is_pull_request: bool = False,
-    is_forced: bool = False,
-) -> str:
-    """Upload `folder/KIND` to the model repository `repo` and return the address of the result.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One repository as it stands before the upload."""
 
-    A new repository is private unless `is_public`; an existing one keeps its visibility, and
-    is refused when it is public but a private one was asked for. Raises RepairError for a bad
-    name, a missing export, a verdict other than `repaired` (unless forced), a missing token,
-    and whatever the Hub refuses.
-    """
-    if not REPO_ID.fullmatch(repo):
-        raise RepairError(f"--repo {repo!r} is not a repository name. Use the form OWNER/NAME.")
-    verdict = read_verdict(folder)
-    if verdict != "repaired" and not is_forced:
-        raise RepairError(
-            f"The verdict of {folder} is {verdict!r}, and only 'repaired' is uploaded. "
-            "Read its report.md; --force uploads it all the same."
-        )
-    export = folder / kind
-    names = ALLOWED_NAMES[kind]
-    if not export.is_dir() or not any(export.glob("*.safetensors")):
-        raise RepairError(
-            f"{folder} holds no {kind} export. Run again with --export {kind}, or choose the "
-            "other --kind."
-        )
-    for path in export.iterdir():
-        if path.is_symlink() or not any(path.match(name) for name in names):
+    repo: str
+    exists: bool
+    is_private: bool
+    head: str | None  # its latest commit
+    files: dict[str, str]  # name -> hash, as the Hub lists them
+
+    def describe(self, plan: PushPlan) -> str:
+        """Return what will happen, in one sentence."""
+        if plan.is_pull_request:
+            return f"A pull request on {self.repo} will be opened; nothing there is changed."
+        seen = "private" if self.is_private else "PUBLIC: anyone can see it"
+        if set(self.files) - _EMPTY:
+            return f"{self.repo} holds an earlier upload, which is replaced; it is {seen}."
+        if self.exists:
+            return f"{self.repo} is there, empty, and {seen}; it will be filled."
+        return f"{self.repo} will be made, {seen}."
+
+
+def check_plan(plan: PushPlan) -> None:
+    """Raise RepairError for names and choices that cannot be; calls nobody."""
+    if plan.kind not in KINDS:
+        raise RepairError(f"{plan.kind!r} is not {', '.join(KINDS)}. Choose one.")
+    for repo in plan.targets().values():
+        if not REPO_ID.fullmatch(repo) or "--" in repo or ".." in repo:
             raise RepairError(
-                f"{export} holds {path.name!r}, which no export of ours has. Nothing was "
-                "uploaded; remove it, or run again."
+                f"{repo[:200]!r} is not a repository name. Use the form OWNER/NAME, with letters, "
+                "digits, and single - . or _ between them."
             )
-    token = os.environ.get("HF_TOKEN") or get_token()
+    if plan.base_model is not None and not REPO_ID.fullmatch(plan.base_model):
+        raise RepairError(
+            f"{plan.base_model[:200]!r} is not the Hub id of a base model. Use OWNER/NAME, or "
+            "leave it out."
+        )
+
+
+def look_at_targets(plan: PushPlan, token: str | None) -> list[Target]:
+    """Return the repositories that the plan writes to; everything a token can tell is checked.
+
+    A few short requests, nothing is changed. Raises RepairError for no token, one that may only
+    read, an owner who is somebody else, a name that is taken, and a repository more visible than
+    was asked for.
+    """
+    check_plan(plan)
     if not token:
         raise RepairError(
-            "No Hub token was found. Set HF_TOKEN, or log in with `hf auth login`; the token "
-            "needs the right to write."
+            "No Hub token was found. Set HF_TOKEN, log in with `hf auth login`, or give it in the "
+            "app; the token needs the right to write."
         )
-    problems = check_manifest(folder)
-    if problems:
-        raise RepairError(
-            f"{folder} is not what its manifest says: {problems[0]} Only an unchanged export is "
-            "uploaded; run the repair again."
-        )
-    try:
-        return _upload(
-            HfApi(token=token),
-            export,
-            repo=repo,
-            is_public=is_public,
-            is_pull_request=is_pull_request,
-        )
-    except HFValidationError as error:
-        raise RepairError(f"The Hub does not accept the name {repo!r}: {error}") from None
-    except HfHubHTTPError as error:
-        reason = error.server_message or str(error).splitlines()[0]
-        raise RepairError(
-            f"The Hub refused the upload to {repo}: {reason[:300]} Nothing of this folder has "
-            "changed; check the token's rights and the name, then push again."
-        ) from None
-    except (httpx.HTTPError, OSError) as error:
-        raise RepairError(
-            f"The Hub could not be reached ({type(error).__name__}). Check the network and push "
-            "again; the export is unchanged."
-        ) from None
+    api = HfApi(token=token)
+    with hub_errors("The Hub account"):
+        account = api.whoami()
+    _check_account(plan, account)
+    return [_look_at(api, repo, plan) for repo in plan.targets().values()]
 
 
-def _upload(
-    api: HfApi, export: Path, *, repo: str, is_public: bool, is_pull_request: bool
+def upload(
+    target: Target,
+    files: Mapping[str, Path | bytes],
+    *,
+    hashes: Mapping[str, str],
+    plan: PushPlan,
+    token: str,
+    title: str,
+    progress: Callable[[float, float, str], None],
 ) -> str:
-    if is_pull_request:
-        if not api.repo_exists(repo):
-            raise RepairError(
-                f"{repo} does not exist, or the token may not see it, so there is nothing to "
-                "open a pull request on. Leave --pull-request out to make it."
+    """Upload `files` (name in the repository -> file here or bytes); return the address.
+
+    `hashes` are the known SHA-256 of files here. Raises RepairError for whatever the Hub refuses
+    and when what it lists afterwards is not what was sent.
+    """
+    api, repo = HfApi(token=token), target.repo
+    listed = {name: _hashes(content, hashes.get(name)) for name, content in files.items()}
+    with hub_errors(repo):
+        if not target.exists and not plan.is_pull_request:
+            api.create_repo(repo, private=not plan.is_public)
+            target = _look_at(api, repo, plan)
+        if _holds(target.files, listed):
+            return f"{api.endpoint}/{repo}"  # a push that was cut behind its commit
+        if plan.is_pull_request and (found := _earlier_pull_request(api, repo, title, listed)):
+            return found
+        additions = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in files.items()
+        ]
+        total = sum(addition.upload_info.size for addition in additions)
+        done = 0
+        for addition in additions:
+            size = addition.upload_info.size
+            progress(done, total, f"{addition.path_in_repo}, {size / 2**20:.1f} MiB")
+            try:
+                api.preupload_lfs_files(repo, [addition], create_pr=plan.is_pull_request)
+            except RuntimeError as error:  # the client hides the Hub's own answer in one
+                raise error.__cause__ or error from None
+            done += size
+        try:
+            commit = api.create_commit(
+                repo,
+                additions,
+                commit_message=title,
+                create_pr=plan.is_pull_request,
+                parent_commit=target.head,
             )
-    else:
-        api.create_repo(repo, private=not is_public, exist_ok=True)
-        # An existing repository keeps its visibility: never publish by accident.
-        if not is_public and api.model_info(repo).private is False:
+        except ValueError as error:  # of the card's metadata, by the Hub's own check
+            raise RepairError(f"The Hub refuses the upload: {ascii(str(error))[1:300]}") from None
+        progress(total, total, "comparing hashes")
+        revision = commit.pr_revision or commit.oid
+        if not _holds(_listed_files(api, repo, revision), listed):
             raise RepairError(
-                f"{repo} exists and is public. Add --public to upload there, or choose another "
-                "name."
+                f"What {repo} lists after the upload is not what was sent. Do not use it: delete "
+                "it on the Hub and push again."
             )
-    commit = api.upload_folder(
-        repo_id=repo,
-        folder_path=export,
-        allow_patterns=list(ALLOWED_NAMES[export.name]),
-        commit_message="Upload a repaired model",
-        create_pr=is_pull_request,
+    return str(commit.pr_url or f"{api.endpoint}/{repo}")
+
+
+def _check_account(plan: PushPlan, account: Mapping[str, Any]) -> None:
+    """Raise RepairError when the token cannot write where the plan wants to."""
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise RepairError(
+            "The Hub token may only read. Make one with the right to write (Hub settings, Access "
+            "tokens), and push again."
+        )
+    owners = [account.get("name"), *(org.get("name") for org in account.get("orgs") or [])]
+    owner = plan.repo.split("/")[0]
+    if owner not in owners and not plan.is_pull_request:
+        raise RepairError(
+            f"The Hub token is {owners[0]}'s, who is not {owner!r} and no member of it. Use the "
+            f"form {owners[0]}/NAME, or open a pull request."
+        )
+
+
+def _look_at(api: HfApi, repo: str, plan: PushPlan) -> Target:
+    """Return a repository as it stands; raises RepairError when the plan cannot be done to it."""
+    with hub_errors(repo):
+        try:
+            info = api.model_info(repo, files_metadata=True)
+        except RepositoryNotFoundError:
+            if plan.is_pull_request:
+                raise RepairError(
+                    f"{repo} does not exist, or the token may not see it, so there is nothing to "
+                    "open a pull request on. Leave --pull-request out to make it."
+                ) from None
+            return Target(
+                repo=repo, exists=False, is_private=not plan.is_public, head=None, files={}
+            )
+        if not plan.is_pull_request:
+            api.auth_check(repo, write=True)
+    files = {f.rfilename: _listed_hash(f) for f in info.siblings or []}
+    if not plan.is_pull_request:
+        if info.private is False and not plan.is_public:
+            raise RepairError(
+                f"{repo} exists and is public. Ask for a public upload, or choose another name."
+            )
+        if set(files) - _EMPTY and "manifest.json" not in files:
+            raise RepairError(
+                f"The name {repo} is taken: it holds {len(files)} files. Choose another name, or "
+                "open a pull request on it."
+            )
+    return Target(
+        repo=repo, exists=True, is_private=bool(info.private), head=info.sha, files=files
     )
-    return str(commit.pr_url or commit.commit_url)
+
+
+def _earlier_pull_request(
+    api: HfApi, repo: str, title: str, listed: Mapping[str, tuple[str, str]]
+) -> str | None:
+    """Return an open pull request that holds the same already: the answer to it was lost."""
+    for found in api.get_repo_discussions(repo, discussion_type="pull_request"):
+        is_ours = found.title == title and found.status in ("open", "draft")
+        if is_ours and _holds(_listed_files(api, repo, f"refs/pr/{found.num}"), listed):
+            return found.url
+    return None
+
+
+def _listed_files(api: HfApi, repo: str, revision: str) -> dict[str, str]:
+    info = api.model_info(repo, revision=revision, files_metadata=True)
+    return {file.rfilename: _listed_hash(file) for file in info.siblings or []}
+
+
+def _listed_hash(file: Any) -> str:
+    return str(file.lfs.sha256 if file.lfs is not None else file.blob_id or "")
+
+
+def _holds(remote: Mapping[str, str], listed: Mapping[str, tuple[str, str]]) -> bool:
+    """Tell whether all our files are there; the Hub lists one of the two hashes of each."""
+    return all(remote.get(name) in hashes for name, hashes in listed.items())
+
+
+def _hashes(content: Path | bytes, sha256: str | None) -> tuple[str, str]:
+    """Return SHA-256 and git's SHA-1; the latter is only of small files, which the Hub lists so."""
+    if isinstance(content, Path) and content.stat().st_size > 2**24:
+        if sha256 is None:
+            with content.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256, sha256
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    blob = b"blob %d\0" % len(data) + data
+    return hashlib.sha256(data).hexdigest(), hashlib.sha1(blob).hexdigest()

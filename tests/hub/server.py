@@ -229,7 +229,8 @@ class Hub:
 
     def discussions(self, account, query, body, repo_id):
         repo = self.readable(repo_id, account)
-        return {"discussions": repo.pull_requests, "count": len(repo.pull_requests)}
+        found = repo.pull_requests
+        return {"discussions": found, "count": len(found), "start": 0}
 
     def preupload(self, account, query, body, repo_id, revision):
         self.writable(repo_id, account, pr="create_pr" in query)
@@ -258,7 +259,7 @@ class Hub:
     def put(self, account, query, body, oid):
         if self.cut_upload:
             self.cut_upload -= 1
-            raise Refused(500, "Storage is not available.")
+            raise Refused(507, "Storage is not available.")  # which the client does not retry
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refused(400, "The bytes do not have the announced hash.")
         self.large[oid] = body
