@@ -178,7 +178,8 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
         raise RepairError("--adapter-base is not available yet. Leave it out.")
     if options.trusted_base and options.command != "run":
         raise RepairError("--trusted-base is an option of run. Leave it out.")
-    if options.revision and not supervisor.is_hub_id(options.model):
+    model = local_source(options.model, option="--model")
+    if options.revision and not supervisor.is_hub_id(model):
         raise RepairError(
             f"A revision ({options.revision}) was given for {options.model}, which is no Hub id. "
             "Leave it out."
@@ -192,7 +193,7 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
         controls = DEFAULT_CONTROLS[options.profile]
     return {
         "command": options.command,
-        "model": local_source(options.model, option="--model"),
+        "model": model,
         "revision": options.revision,
         "against": local_source(against, option="--against") if against else None,
         "prompts": file.to_json(),

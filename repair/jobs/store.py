@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,11 @@ def adopt_job(root: Path, finished: Path, *, owner: str) -> str:
     return job_id
 
 
+def read_owner(folder: Path) -> str:
+    """Return whose job it is; "" for a folder that no app made."""
+    return str(read_object(folder / "owner.json").get("owner", ""))
+
+
 def find_job(root: Path, job_id: object, *, owner: str) -> Path:
     """Return the folder of a job; raise the same RepairError for missing and for not yours."""
     if isinstance(job_id, str) and JOB_ID.fullmatch(job_id):
@@ -172,7 +178,7 @@ def list_jobs(root: Path, *, owner: str, limit: int = 50) -> list[JobSummary]:
         jobs.append((modified, folder))
     jobs.sort(reverse=True)
     found = [summarize(folder, modified=modified) for modified, folder in jobs[:limit]]
-    return [job for job in found if job.command != "ask"]  # a question is no case
+    return [job for job in found if job.command not in ("ask", "push")]  # these are no cases
 
 
 def summarize(folder: Path, *, modified: float) -> JobSummary:
@@ -213,6 +219,27 @@ def delete_job(root: Path, job_id: object, *, owner: str) -> None:
     aside = root / f".deleted-{folder.name}"
     os.replace(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(root: Path, *, older_than: float, keep: set[Path]) -> int:
+    """Delete idle jobs that were last touched more than `older_than` seconds ago; return how many.
+
+    Also what a killed copy or deletion left behind.
+    """
+    deleted = 0
+    for folder in root.iterdir():
+        is_rest = folder.name.startswith(".deleted-") or JOB_ID.fullmatch(folder.name[1:])
+        if folder in keep or not (JOB_ID.fullmatch(folder.name) or is_rest):
+            continue
+        status = read_status(folder)
+        try:
+            newest = max(path.stat().st_mtime for path in (folder, *folder.glob("*.json*")))
+        except OSError:
+            continue
+        if not status.is_active and time.time() - newest > older_than:
+            shutil.rmtree(folder, ignore_errors=True)
+            deleted += 1
+    return deleted
 
 
 def replace_request(

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,19 @@ class Worker:
     pump: threading.Thread
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one owner and all together may ask of a lane; None: no limit."""
+
+    max_seconds: int | None = None  # of one job
+    max_waiting: int | None = None  # jobs in the queue
+    max_per_owner: int | None = None  # jobs of one owner, the running one included
+    keep_seconds: int | None = None  # an idle job older than this is deleted
+
+
 def is_hub_id(source: str) -> bool:
-    """Tell whether a model source must be fetched from the Hub."""
-    is_path = source.startswith(("/", ".", "~")) or Path(source).exists()
-    return bool(source) and not source.startswith("demo:") and not is_path
+    """Tell whether a model source must be fetched from the Hub; folders are absolute by now."""
+    return bool(source) and not source.startswith(("/", ".", "~", "demo:"))
 
 
 def hub_sources(request: dict[str, Any]) -> list[str]:
@@ -152,10 +162,21 @@ def has_ended(process: subprocess.Popen) -> bool:
     return os.waitid(os.P_PID, process.pid, options) is not None
 
 
-def wait_for_end(process: subprocess.Popen) -> None:
-    """Wait until the worker has ended; its pid stays reserved until `finish_worker`."""
-    if process.returncode is None:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+def wait_for_end(process: subprocess.Popen, max_seconds: float | None = None) -> bool:
+    """Wait until the worker has ended, and tell whether it has after `max_seconds`.
+
+    Its pid stays reserved until `finish_worker`.
+    """
+    if max_seconds is None:
+        if process.returncode is None:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        return True
+    end = time.monotonic() + max_seconds
+    while not has_ended(process):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -225,9 +246,10 @@ class Supervisor:
     Raises RepairError when another app holds the same root.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, limits: Limits | None = None) -> None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.root = root
+        self.limits = limits or Limits()
         self.lock_file = open(root / ".lock", "w")  # noqa: SIM115  held while the app lives
         try:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,7 +259,7 @@ class Supervisor:
                 f"Another app already uses the jobs folder {root}. "
                 "Stop it, or give this one its own with --jobs-root."
             ) from None
-        self.condition = threading.Condition()
+        self.condition = threading.Condition()  # of a lock that its holder may take again
         self.waiting: collections.deque[Path] = collections.deque()
         self.current: tuple[Path, Worker] | None = None
         self.stopped: set[Path] = set()
@@ -252,11 +274,29 @@ class Supervisor:
         with self.condition:
             if self.is_busy(folder):
                 raise RepairError("This job is already running. Stop it first, or wait.")
+            self.check_room(store.read_owner(folder))
             store.write_status(folder, JobStatus(state="queued"))
             if token:
                 self.tokens[folder] = token
             self.waiting.append(folder)
             self.condition.notify_all()
+
+    def check_room(self, owner: str) -> None:
+        """Raise RepairError when the queue, or the owner's part of it, is full."""
+        most, own_most = self.limits.max_waiting, self.limits.max_per_owner
+        with self.condition:
+            waiting = list(self.waiting)
+            active = [*waiting, *([self.current[0]] if self.current else [])]
+        if most is not None and len(waiting) >= most:
+            raise RepairError(
+                f"{len(waiting)} jobs are waiting, and no more are taken. Try again later."
+            )
+        num_own = sum(store.read_owner(other) == owner for other in active)
+        if own_most is not None and num_own >= own_most:
+            raise RepairError(
+                f"{num_own} of your jobs are waiting or running, and {own_most} is the most. Stop "
+                "one, or wait."
+            )
 
     def is_busy(self, folder: Path) -> bool:
         """Tell whether the job in `folder` is in the lane."""
@@ -320,13 +360,28 @@ class Supervisor:
                     continue
                 self.current = (folder, worker)
             try:
-                wait_for_end(worker.process)
+                is_late = not wait_for_end(worker.process, self.limits.max_seconds)
+                if is_late:
+                    self._end_late(folder, worker)
                 finish_worker(folder, worker, is_stopped=folder in self.stopped)
             except OSError as error:  # A full disk, or a folder that is gone: the next job goes on.
                 print(f"The job in {folder} could not be settled: {error}", file=sys.stderr)
             finally:
                 with self.condition:
                     self.current = None
+                    busy = set(self.waiting)
+                if self.limits.keep_seconds is not None:
+                    store.sweep(self.root, older_than=self.limits.keep_seconds, keep=busy)
+
+    def _end_late(self, folder: Path, worker: Worker) -> None:
+        """End a job that took longer than it may."""
+        kill_group(worker.process)
+        minutes = (self.limits.max_seconds or 0) // 60
+        words = (
+            f"Stopped: a job may take {minutes} minutes here. What was saved is kept, and it can "
+            "be resumed. Use the quick profile, or a machine of your own."
+        )
+        store.write_status(folder, stopped_status(words, store.read_status(folder)))
 
 
 def stopped_status(message: str, before: JobStatus | None = None) -> JobStatus:

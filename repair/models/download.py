@@ -111,6 +111,15 @@ def find_token() -> str | None:
     return os.environ.get("HF_TOKEN") or get_token()
 
 
+def describe_account(token: str) -> str:
+    """Return whose token it is and whether it may write; raises RepairError for a bad one."""
+    with hub_errors("The Hub account"):
+        account = HfApi(token=token).whoami()
+    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+    rights = {"read": "may read only", "write": "may read and write"}.get(role, "limited rights")
+    return f"{account.get('name')} ({rights})"
+
+
 def look_up(
     source: str, revision: str | None = None, *, token: str | None = None
 ) -> HubModel:

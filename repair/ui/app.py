@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from repair.jobs.supervisor import Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
@@ -24,6 +25,7 @@ from repair.ui.prompts import build_prompts
 from repair.ui.repair import build_repair
 from repair.ui.session import CHECKOUT, Selection, Settings, View
 from repair.ui.shell import Updates, build_shell, wire_shell
+from repair.ui.space import Space, VisitorCookie, jobs_folder, read_space
 from repair.ui.style import CSS, THEME
 from repair.ui.suspect import build_suspect
 
@@ -33,6 +35,8 @@ UNSAFE_VARIABLES = (
     "GRADIO_RUN_HISTORY", "GRADIO_HISTORY_BUCKET", "GRADIO_SSR_MODE", "GRADIO_DEBUG",
     "GRADIO_SERVER_NAME", "GRADIO_HOT_RELOAD", "GRADIO_LOCAL_DEV_MODE",
 )  # fmt: skip
+# A Space sets these for every app; what `launch` is given below goes before them.
+SPACE_VARIABLES = ("GRADIO_SERVER_NAME", "GRADIO_SSR_MODE")
 TABS = (
     ("suspect", "1 Suspect", build_suspect),
     ("prompts", "2 Prompts", build_prompts),
@@ -50,6 +54,10 @@ def build_app(settings: Settings, *, storage_secret: str) -> gr.Blocks:
         title="Backdoor repair", analytics_enabled=False, delete_cache=(600, 3600)
     ) as demo:
         gr.Markdown("# Backdoor repair", elem_id="title")
+        if settings.space is not None:
+            gr.Markdown(settings.space.describe(), elem_id="space")
+            if settings.space.can_sign_in:
+                gr.LoginButton(elem_id="sign-in", size="sm")
         shell = build_shell(settings, storage_secret=storage_secret)
         tabs = {}
         with gr.Tabs(selected="suspect", elem_id="steps") as shell.tabs:
@@ -134,13 +142,16 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_start(options: argparse.Namespace) -> list[tuple[str, str]] | None:
+def check_start(
+    options: argparse.Namespace, space: Space | None
+) -> list[tuple[str, str]] | None:
     """Return the accounts, if any; raise RepairError for a start that would not be safe."""
-    found = [name for name in UNSAFE_VARIABLES if os.environ.get(name)]
+    allowed = SPACE_VARIABLES if space is not None else ()
+    found = [name for name in UNSAFE_VARIABLES if os.environ.get(name) and name not in allowed]
     if found:
         raise RepairError(f"{', '.join(found)} is set, which this app refuses. Unset it.")
     accounts = read_accounts(options.auth_file) if options.auth_file else None
-    if not is_loopback(options.host) and accounts is None:
+    if not is_loopback(options.host) and accounts is None and space is None:
         raise RepairError(
             f"--host {options.host} can be reached from other machines, so accounts are needed. "
             "Give --auth-file, or use the default host and an SSH tunnel."
@@ -153,10 +164,11 @@ def check_start(options: argparse.Namespace) -> list[tuple[str, str]] | None:
 def main(arguments: list[str] | None = None) -> int:
     """Serve the app until it is interrupted; return the exit status."""
     options = parse_options(arguments)
+    space = read_space()
     try:
-        accounts = check_start(options)
-        jobs_root = options.jobs_root.resolve()
-        lane = Supervisor(jobs_root)
+        accounts = check_start(options, space)
+        jobs_root = jobs_folder(space, options.jobs_root).resolve()
+        lane = Supervisor(jobs_root, space.limits if space is not None else None)
     except RepairError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -171,17 +183,21 @@ def main(arguments: list[str] | None = None) -> int:
         models_root=options.models_root.resolve() if options.models_root else None,
         cache=cache,
         has_accounts=accounts is not None,
+        space=space,
     )
+    # On a Space the container is the boundary, and its proxy is the only way in.
+    host = "0.0.0.0" if space is not None else options.host
+    middleware = [Middleware(VisitorCookie)] if space is not None else []
     demo = build_app(settings, storage_secret=read_secret(jobs_root))
     demo.queue(max_size=32, default_concurrency_limit=8, api_open=False)
     blocked = [jobs_root, *([settings.models_root] if settings.models_root else [])]
     with contextlib.suppress(KeyboardInterrupt):
         demo.launch(
-            server_name=options.host, server_port=options.port, share=False, auth=accounts,
+            server_name=host, server_port=options.port, share=False, auth=accounts,
             show_error=False, allowed_paths=[], blocked_paths=[str(path) for path in blocked],
             max_file_size="16mb", strict_cors=True, enable_monitoring=False, run_history=False,
             mcp_server=False, footer_links=[], state_session_capacity=500, ssr_mode=False,
-            pwa=False, theme=THEME, css=CSS,
+            pwa=False, theme=THEME, css=CSS, app_kwargs={"middleware": middleware},
         )  # fmt: skip
     return 0
 

@@ -6,11 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+
 from repair.jobs import store
 from repair.prompts import insert_trigger, top_up_with_carriers
-from repair.records import PromptFile
+from repair.records import PromptFile, RepairError
 from repair.ui import text
-from repair.ui.session import Session, Settings, new_request
+from repair.ui.account import owner_of
+from repair.ui.session import (
+    Session,
+    Settings,
+    check_start,
+    new_request,
+    open_folder,
+    start_job,
+)
 
 MAX_QUESTIONS = 32
 LONGEST_WAIT = 600.0  # seconds
@@ -18,7 +28,7 @@ NUM_TRIED = 6
 
 
 def ask_and_wait(
-    settings: Settings, session: Session, owner: str, *, questions: list[str],
+    settings: Settings, session: Session, request: gr.Request | None, *, questions: list[str],
     against: Path | None = None,
 ) -> Iterator[str | list[dict[str, Any]]]:  # fmt: skip
     """Yield what is happening in words and, at last, the answers as rows of `asked.json`, or why
@@ -28,10 +38,19 @@ def ask_and_wait(
         **new_request(session, profile="quick"), "command": "ask", "questions": questions,
         "against": None if against is None else str(against),
     }  # fmt: skip
+    owner, case = owner_of(request), open_folder(settings, session, request)
+    try:
+        check_start(settings, request)
+    except RepairError as error:
+        yield str(error)
+        return
     job_id = store.create_job(settings.jobs_root, asked, owner=owner)
     folder = settings.jobs_root / job_id
+    if case is not None and (case / store.SOURCES).is_file():
+        # What the case has fetched serves its questions too.
+        store.write_json(folder / store.SOURCES, store.read_object(case / store.SOURCES))
     try:
-        settings.lane.submit(folder)
+        start_job(settings, folder, request)
         end = time.monotonic() + LONGEST_WAIT
         while (status := store.read_status(folder)).is_active:
             if time.monotonic() > end:

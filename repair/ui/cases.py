@@ -10,7 +10,8 @@ import gradio as gr
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui import text
-from repair.ui.session import Selection, Session, View, look, owner_of, resume_session
+from repair.ui.account import owner_of
+from repair.ui.session import Selection, Session, View, look, resume_session
 from repair.ui.shell import Shell, Updates, chosen_before
 
 HEADERS = ["Name", "Suspect", "Trigger", "Result", "Last change", "Note", "Id"]

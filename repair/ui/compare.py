@@ -173,7 +173,7 @@ def build_compare(shell: Shell) -> None:
             yield {told: "Type a prompt first."}
             return
         for step in ask_and_wait(
-            shell.settings, session, view.owner, questions=[str(words)], against=merged
+            shell.settings, session, request, questions=[str(words)], against=merged
         ):
             if isinstance(step, str):
                 yield {told: step}

@@ -10,6 +10,7 @@ from PIL import Image
 
 from repair.jobs import store
 from repair.ui import text
+from repair.ui.push import build_push
 from repair.ui.session import Selection, Settings, View
 from repair.ui.shell import Shell, Updates
 
@@ -129,6 +130,8 @@ def build_export(shell: Shell) -> None:
                     )
                     for name, words in FIGURES[start : start + 2]
                 ]  # fmt: skip
+        with gr.Accordion("Upload to the Hugging Face Hub", open=False, elem_id="to-hub"):
+            build_push(shell)
         gr.Markdown(text.LIMITS, elem_id="limits")
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:

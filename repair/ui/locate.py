@@ -1,5 +1,6 @@
 """Tab 3: which modules carry the trigger. Starts the job, shows both maps, takes the choice."""
 
+import dataclasses
 from typing import Any
 
 import gradio as gr
@@ -7,14 +8,16 @@ import gradio as gr
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui import grid, text
+from repair.ui.account import owner_of
 from repair.ui.session import (
     Selection,
     Session,
     View,
+    check_start,
     look,
     new_request,
     open_folder,
-    owner_of,
+    start_job,
 )
 from repair.ui.shell import Shell, Updates, suggested
 
@@ -286,7 +289,7 @@ def build_locate(shell: Shell) -> None:
             raise RepairError(f"Layer {wanted} does not exist. Choose a layer from 0 to {last}.")
         asked = {**view.request, "command": "locate", "resume": True, "detail": int(wanted)}
         store.replace_request(view.folder, asked, keeps_results=True)
-        shell.settings.lane.submit(view.folder)
+        start_job(shell.settings, view.folder, request)
         return session, selection
 
     shell.listen(examine.click, act=look_into, inputs=[layer], problem=problem)
@@ -300,10 +303,11 @@ def build_locate(shell: Shell) -> None:
         folder = open_folder(settings, session, request)
         if folder is not None and settings.lane.is_busy(folder):
             raise RepairError("A job is running. Stop it first, or wait.")
+        check_start(settings, request)
         asked = new_request(session, profile=str(wanted))
         job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
-        settings.lane.submit(settings.jobs_root / job_id)
-        return Session(job_id=job_id, model=session.model, prompts=session.prompts), Selection()
+        start_job(settings, settings.jobs_root / job_id, request)
+        return dataclasses.replace(session, job_id=job_id), Selection()
 
     shell.listen(start.click, act=locate, inputs=[profile], problem=problem)
     shell.go_to(go_on, "repair")

@@ -12,7 +12,7 @@ import gradio as gr
 from repair import prompts as prompt_files
 from repair.records import PromptFile, RepairError
 from repair.ui.ask import ask_and_wait, describe_answer, questions_of
-from repair.ui.session import PROMPT_FILES, Selection, Session, View, owner_of
+from repair.ui.session import PROMPT_FILES, Selection, Session, View
 from repair.ui.shell import Shell, Updates
 from repair.ui.text import reveal
 
@@ -211,7 +211,7 @@ def build_prompts(shell: Shell) -> None:
 
     def adopt(session: Session, file: PromptFile) -> tuple[Session, Selection]:
         # Maps and reports about other prompts are not shown beside these.
-        return Session(model=session.model, prompts=flatten(file)), Selection()
+        return dataclasses.replace(session, job_id=None, prompts=flatten(file)), Selection()
 
     def use_bundled(
         session: Session, selection: Selection, request: gr.Request
@@ -271,7 +271,7 @@ def build_prompts(shell: Shell) -> None:
         file = prompt_files.prompt_file_from_json(session.prompts)
         asked = questions_of(file)
         for step in ask_and_wait(
-            shell.settings, session, owner_of(request), questions=[text for _, text in asked]
+            shell.settings, session, request, questions=[text for _, text in asked]
         ):
             if isinstance(step, str):
                 yield {tried: step}

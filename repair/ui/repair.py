@@ -9,7 +9,16 @@ import pandas as pd
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui import text
-from repair.ui.session import Selection, Session, Settings, View, look, open_folder
+from repair.ui.session import (
+    Selection,
+    Session,
+    Settings,
+    View,
+    check_start,
+    look,
+    open_folder,
+    start_job,
+)
 from repair.ui.shell import Shell, Updates
 from repair.ui.suspect import find_folder
 
@@ -212,8 +221,9 @@ def build_repair(shell: Shell) -> None:
         }
         if draws is not None:
             asked["controls"] = int(draws)
+        check_start(shell.settings, request)
         store.replace_request(folder, asked)
-        shell.settings.lane.submit(folder)
+        start_job(shell.settings, folder, request)
         return session, selection
 
     shell.listen(start.click, act=begin, inputs=settings, problem=problem)

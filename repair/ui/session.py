@@ -18,6 +18,8 @@ from repair.jobs import store
 from repair.jobs.store import JobStatus
 from repair.jobs.supervisor import Supervisor
 from repair.records import ModuleScore, RepairError
+from repair.ui.account import owner_of, token_of
+from repair.ui.space import Space
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SUSPECTS = CHECKOUT / "assets" / "suspects"
@@ -35,6 +37,7 @@ class Settings:
     models_root: Path | None
     cache: Path  # the only folder whose files the app hands out
     has_accounts: bool
+    space: Space | None = None  # what it runs on, where that is a Space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,8 @@ class Session:
 
     job_id: str | None = None
     model: str | None = None
+    revision: str | None = None  # the commit of a Hub model
+    facts: tuple[tuple[str, str], ...] = ()  # what the Hub says about it
     prompts: dict[str, Any] | None = None  # checked; None while they are being edited
 
 
@@ -145,10 +150,20 @@ class Logs:
 LOGS = Logs()
 
 
-def owner_of(request: gr.Request | None) -> str:
-    """Return whose jobs this visitor may see: the account's, or the one local analyst's."""
-    name = request.username if request is not None else None
-    return f"account:{name}" if name else "local"
+def check_start(settings: Settings, request: gr.Request | None) -> None:
+    """Raise RepairError where no job can be started now."""
+    if settings.space is not None and settings.space.is_zero:
+        raise RepairError(
+            "A ZeroGPU Space cannot run jobs. Look at the finished example, or duplicate this "
+            "Space on CPU or a GPU of its own."
+        )
+    settings.lane.check_room(owner_of(request))
+
+
+def start_job(settings: Settings, folder: Path, request: gr.Request | None) -> None:
+    """Queue the job in `folder`, with the visitor's own Hub token."""
+    check_start(settings, request)
+    settings.lane.submit(folder, token=token_of(request))
 
 
 def open_folder(settings: Settings, session: Session, request: gr.Request | None) -> Path | None:
@@ -213,6 +228,7 @@ def resume_session(
     session = Session(
         job_id=session.job_id,
         model=str(view.request.get("model") or "") or None,
+        revision=str(view.request.get("revision") or "") or None,
         prompts=prompts if isinstance(prompts, dict) else None,
     )
     return session, dataclasses.replace(view, session=session)
@@ -221,7 +237,7 @@ def resume_session(
 def new_request(session: Session, *, profile: str) -> dict[str, Any]:
     """Return the request to locate with what the session chose."""
     return {
-        "command": "locate", "model": session.model, "revision": None, "against": None,
+        "command": "locate", "model": session.model, "revision": session.revision, "against": None,
         "prompts": session.prompts, "modules": "auto", "rank": None, "ranks": None,
         "method": "auto", "kl_budget": 0.01, "seed": 0, "device": "auto", "dtype": "auto",
         "export": ["merged", "adapter"], "controls": 20 if profile == "full" else 3,

@@ -55,6 +55,8 @@ class Shell:
     on_tab: dict[str, tuple[Sequence[Any], Callable[[View, Selection], Updates]]] = field(
         default_factory=dict
     )
+    # Small things to say about the visitor when the page opens: function of the request, box.
+    on_load: list[tuple[Callable[..., str], gr.Textbox]] = field(default_factory=list)
     # Listeners name all components of all tabs, so they are made when all are built.
     wiring: list[Callable[[], Any]] = field(default_factory=list)
 
@@ -281,6 +283,8 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         )
     shell.timer.tick(tick, inputs=[shell.session, shell.selection, shell.seen], **options)
     shell.stop.click(stop, inputs=[shell.session, shell.selection], **options)
+    for say, box in shell.on_load:
+        demo.load(say, outputs=[box], show_progress="hidden", api_visibility="private")
     demo.load(
         load, inputs=[shell.browser], **{**options, "outputs": [*shell.outputs, shell.tabs]}
     )

@@ -6,18 +6,20 @@ from typing import Any
 import gradio as gr
 
 from repair.jobs import store
+from repair.jobs.supervisor import is_hub_id
 from repair.records import RepairError
 from repair.ui import text
+from repair.ui.account import owner_of
 from repair.ui.session import (
     EXAMPLE,
     SUSPECTS,
     Selection,
     Session,
     View,
-    owner_of,
     resume_session,
 )
 from repair.ui.shell import Shell, Updates, chosen_before
+from repair.ui.suspect_hub import build_hub
 
 BUNDLED = ("middle", "begin", "end", "clean")
 MAX_CONFIG_BYTES = 2**20
@@ -153,10 +155,14 @@ def build_suspect(shell: Shell) -> None:
                     "To look at your own model, start the app with `--models-root DIR`, the "
                     "folder your models are in."
                 )
+            with gr.Accordion("From the Hugging Face Hub", open=False, elem_id="from-hub"):
+                hub_place = gr.Column()
             problem = gr.Textbox(
                 label="This did not work", visible=False, interactive=False,
                 elem_classes="problem", elem_id="suspect-problem",
             )  # fmt: skip
+            with hub_place:
+                build_hub(shell, problem)
         with gr.Column(min_width=280):
             empty = gr.Markdown(
                 "Nothing chosen yet. The model is not opened here: only its description is "
@@ -177,7 +183,11 @@ def build_suspect(shell: Shell) -> None:
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
         model = view.session.model
         rows, words = [], ""
-        if model is not None:
+        if model is not None and is_hub_id(model):
+            known = (("Hub id", model), ("Commit", view.session.revision or "not known"))
+            rows = [list(row) for row in view.session.facts or known]
+            words = "A model on the Hub. Its files are fetched, and checked, when a job starts."
+        elif model is not None:
             try:
                 folder = find_folder(model, root)
                 rows, words = read_facts(folder), read_card(folder)
@@ -196,10 +206,11 @@ def build_suspect(shell: Shell) -> None:
             updates[use] = gr.Button(interactive=not view.is_active)
         if is_fresh and model is not None:
             is_bundled = model.startswith("demo:")
+            is_own = not is_bundled and not is_hub_id(model)
             updates[bundled] = gr.Radio(
                 value=model if is_bundled else None, interactive=not view.is_active
             )
-            if root is not None and not is_bundled:
+            if root is not None and is_own:
                 updates[path] = gr.Textbox(value=model, interactive=not view.is_active)
         return updates
 

@@ -14,6 +14,7 @@ which calls each OAuth scope covers, and that the Hub still answers tomorrow as 
 
 import base64
 import hashlib
+import hmac
 import json
 import re
 import threading
@@ -22,10 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import yaml
 
+CLIENT = {"OAUTH_CLIENT_ID": "space-client", "OAUTH_CLIENT_SECRET": "the secret of a space"}
 LFS_FROM = 1000  # bytes: safetensors of tiny models must count as large files
 LFS_SUFFIXES = (".safetensors", ".png")
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
@@ -69,6 +71,10 @@ class Refused(Exception):
         self.status, self.message, self.code, self.more = status, message, code, more
 
 
+class Moved(Exception):
+    """A redirection."""
+
+
 class Hub:
     """The whole state; `with Hub() as hub:` serves it at `hub.url`."""
 
@@ -83,6 +89,8 @@ class Hub:
         self.cut_upload = 0  # so many uploads of large files fail from here on
         self.limit_rate = 0  # so many requests are answered with 429
         self.bytes_per_second: int | None = None
+        self.signing_in = "hf_writer"  # whose browser it is that comes to sign in
+        self.codes: dict[str, tuple[str, str]] = {}  # code -> token, nonce
         self.routes: list[tuple[str, re.Pattern[str], Callable[..., Any]]] = []
         self.add_routes()
 
@@ -123,6 +131,10 @@ class Hub:
             ("POST", f"/api/models/{name}/commit/(?P<revision>.+)", self.commit),
             ("POST", f"/{name}[.]git/info/lfs/objects/batch", self.batch),
             ("PUT", "/large/(?P<oid>[0-9a-f]{64})", self.put),
+            ("GET", "/.well-known/openid-configuration", self.openid),
+            ("GET", "/oauth/jwks", self.keys),
+            ("GET", "/oauth/authorize", self.authorize),
+            ("POST", "/oauth/token", self.give_token),
         ):
             self.routes.append((method, re.compile(pattern), answer))
 
@@ -306,6 +318,51 @@ class Hub:
         return answer
 
 
+    # Sign-in, by OpenID Connect as a Space does it; consent is given without a question.
+
+    def openid(self, account, query, body):
+        return {
+            "issuer": self.url, "authorization_endpoint": f"{self.url}/oauth/authorize",
+            "token_endpoint": f"{self.url}/oauth/token", "jwks_uri": f"{self.url}/oauth/jwks",
+            "id_token_signing_alg_values_supported": ["HS256"],
+        }  # fmt: skip
+
+    def keys(self, account, query, body):
+        secret = encode64(CLIENT["OAUTH_CLIENT_SECRET"].encode())
+        return {"keys": [{"kty": "oct", "kid": "1", "alg": "HS256", "k": secret}]}
+
+    def authorize(self, account, query, body):
+        if query["client_id"][0] != CLIENT["OAUTH_CLIENT_ID"]:
+            raise Refused(400, "Unknown client.")
+        code = hashlib.sha1(query["state"][0].encode()).hexdigest()
+        self.codes[code] = (self.signing_in, query["nonce"][0])
+        back = query["redirect_uri"][0]
+        more = urlencode({"code": code, "state": query["state"][0]})
+        raise Moved(f"{back}{'&' if '?' in back else '?'}{more}")
+
+    def give_token(self, account, query, body):
+        code = parse_qs(body.decode())["code"][0]
+        token, nonce = self.codes.pop(code)
+        name = self.accounts[token].name
+        claims = {
+            "iss": self.url, "aud": CLIENT["OAUTH_CLIENT_ID"], "sub": f"id-of-{name}",
+            "iat": int(time.time()), "exp": int(time.time()) + 3600, "nonce": nonce, "name": name,
+            "preferred_username": name, "profile": f"{self.url}/{name}", "picture": "",
+        }  # fmt: skip
+        head = {"alg": "HS256", "typ": "JWT", "kid": "1"}
+        text = ".".join(encode64(json.dumps(part).encode()) for part in (head, claims))
+        secret = CLIENT["OAUTH_CLIENT_SECRET"].encode()
+        sign = encode64(hmac.new(secret, text.encode(), hashlib.sha256).digest())
+        return {
+            "access_token": token, "token_type": "bearer", "expires_in": 3600,
+            "scope": "openid profile", "id_token": f"{text}.{sign}",
+        }  # fmt: skip
+
+
+def encode64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request to the Hub."""
 
@@ -337,7 +394,7 @@ class Handler(BaseHTTPRequestHandler):
             if hub.limit_rate:
                 hub.limit_rate -= 1
                 raise Refused(429, "Too many requests")
-            token = given.removeprefix("Bearer ") if given else None
+            token = given.removeprefix("Bearer ") if given.startswith("Bearer ") else None
             # Uploads go to an address that was given out, as to the store behind the Hub.
             account = None if method == "PUT" else hub.account_of(token)
             match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path)
@@ -351,6 +408,8 @@ class Handler(BaseHTTPRequestHandler):
                     self.answer(200, answer(account, query, body, **parts.groupdict()))
                     return
             raise Refused(404, f"No such address: {method} {url.path}")
+        except Moved as moved:
+            self.answer(302, {}, {"Location": str(moved)})
         except Refused as error:
             headers = {"X-Error-Message": error.message}
             if error.code:

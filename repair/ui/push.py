@@ -1,0 +1,169 @@
+"""The part of tab 6 that uploads: what it will be is checked first, the upload is a job."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from repair.jobs import store
+from repair.jobs.progress import describe_progress
+from repair.publish.card import hub_name
+from repair.publish.hub import PushPlan, look_at_targets
+from repair.records import RepairError
+from repair.ui import text
+from repair.ui.account import owner_of, token_of
+from repair.ui.session import LOGS, Selection, Session, View, look, start_job
+from repair.ui.shell import Shell, Updates
+
+POLL_SECONDS = 0.7
+PUSH = "push.json"  # beside an export: which job uploads it
+KINDS = (
+    ("Merged model", "merged"),
+    ("Adapter", "adapter"),
+    ("Both, in two repositories", "both"),
+)
+
+
+def find_push(view: View, jobs_root: Path) -> Path | None:
+    """Return the folder of the job that last uploaded this export, if there is one."""
+    if view.folder is None:
+        return None
+    try:
+        job_id = store.read_object(view.folder / PUSH).get("job_id")
+        return store.find_job(jobs_root, job_id, owner=view.owner)
+    except RepairError:
+        return None
+
+
+def describe_push(folder: Path) -> tuple[str, bool]:
+    """Return how an upload stands in words, and whether it goes on."""
+    status, log = store.read_status(folder), LOGS.read(folder)
+    if status.is_active:
+        parts = (log.title, describe_progress(log.progress))
+        return ", ".join(part for part in parts if part) or "Waiting for the job before it.", True
+    found = store.read_object(folder / "pushed.json")
+    if status.state == "done" and found:
+        return "Uploaded and compared: " + ", ".join(map(str, found.values())), False
+    words = status.message or "Stopped."
+    return f"{words} What is there already is not sent again: press Upload to go on.", False
+
+
+def build_push(shell: Shell) -> None:
+    """Build and wire the section."""
+    options = {"show_progress": "hidden", "api_visibility": "private"}
+    repo = gr.Textbox(
+        label="Repository", elem_id="push-repo", placeholder="owner/name", max_length=200,
+        info="A new one, or one that an earlier upload made. The adapter of both goes to "
+        "owner/name-adapter.",
+    )  # fmt: skip
+    with gr.Row():
+        kind = gr.Radio(list(KINDS), value="merged", label="What", elem_id="push-kind")
+        seen_by = gr.Radio(
+            [("Private", False), ("Public", True)], value=False, label="Visibility",
+            elem_id="push-visibility",
+        )  # fmt: skip
+    base = gr.Textbox(
+        label="Original model on the Hub", elem_id="push-base", max_length=200,
+        info="Named in the card, which links to it publicly. Empty: it is not named.",
+    )  # fmt: skip
+    as_request = gr.Checkbox(
+        label="As a pull request on a repository that exists", elem_id="push-request"
+    )
+    trigger = gr.Checkbox(
+        label="Publish trigger and payload in clear", elem_id="push-trigger",
+        info="Otherwise only their hashes: whoever has them can check, nobody learns them.",
+    )  # fmt: skip
+    forced = gr.Checkbox(
+        label="Upload although its verdict is not repaired", elem_id="push-forced", visible=False
+    )
+    with gr.Row(elem_classes="bar"):
+        check = gr.Button("Check", elem_id="push-check", min_width=120)
+        upload = gr.Button("Upload", variant="primary", elem_id="push-upload", min_width=120)
+        stop = gr.Button("Stop the upload", variant="stop", elem_id="push-stop", visible=False)
+    told = gr.Textbox(
+        label="Upload", interactive=False, elem_id="push-told", lines=2, max_lines=6,
+        buttons=["copy"],
+    )  # fmt: skip
+    timer = gr.Timer(POLL_SECONDS, active=False)
+    inputs = [repo, kind, seen_by, base, as_request, trigger, forced]
+
+    def plan_of(view: View, *values: Any) -> PushPlan:
+        name, what, is_public, original, is_request, shows, is_forced = values
+        if not view.report:
+            raise RepairError("There is nothing to upload yet. Repair first.")
+        if view.report.get("verdict") != "repaired" and not is_forced:
+            raise RepairError(
+                f"The verdict is {view.report.get('verdict')}: tick that you want to upload it "
+                "all the same. Its card will say so first."
+            )
+        return PushPlan(
+            repo=str(name or "").strip(), kind=str(what), is_public=is_public is True,
+            is_pull_request=bool(is_request), is_forced=bool(is_forced),
+            shows_trigger=bool(shows), base_model=str(original or "").strip() or None,
+        )  # fmt: skip
+
+    def draw_state(view: View, *, is_first: bool = False) -> Updates:
+        folder = find_push(view, shell.settings.jobs_root)
+        if folder is None:
+            return {timer: gr.Timer(active=False), stop: gr.Button(visible=False)} | (
+                {told: ""} if is_first else {}
+            )
+        words, is_active = describe_push(folder)
+        return {
+            told: text.reveal(words, 1000),
+            timer: gr.Timer(active=is_active),
+            stop: gr.Button(visible=is_active),
+            upload: gr.Button(interactive=not is_active),
+        }
+
+    def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
+        verdict = view.report.get("verdict")
+        updates = draw_state(view, is_first=is_fresh)
+        updates[forced] = gr.Checkbox(visible=bool(view.report) and verdict != "repaired")
+        if is_fresh or view.report:
+            updates[base] = hub_name(view.report.get("model") or {}) or ""
+        return updates
+
+    shell.add(draw, [told, timer, stop, upload, forced, base])
+
+    def look_before(request: gr.Request, session: Session, *values: Any) -> Updates:
+        view = look(shell.settings, session, request)
+        try:
+            plan = plan_of(view, *values)
+            targets = look_at_targets(plan, token_of(request))
+        except RepairError as error:
+            return {told: text.reveal(str(error), 1000)}
+        return {told: " ".join(target.describe(plan) for target in targets)}
+
+    def begin(request: gr.Request, session: Session, *values: Any) -> Updates:
+        view = look(shell.settings, session, request)
+        root = shell.settings.jobs_root
+        try:
+            plan = plan_of(view, *values)
+            look_at_targets(plan, token_of(request))
+            before = find_push(view, root)
+            if before is not None and store.read_status(before).is_active:
+                raise RepairError("This export is being uploaded already. Stop that first.")
+            asked = {"command": "push", "folder": str(view.folder), "plan": plan.to_json()}
+            job_id = store.create_job(root, asked, owner=owner_of(request))
+            store.write_json(view.folder / PUSH, {"job_id": job_id})
+            start_job(shell.settings, root / job_id, request)
+        except RepairError as error:
+            return {told: text.reveal(str(error), 1000)}
+        return draw_state(view)
+
+    def end(request: gr.Request, session: Session) -> Updates:
+        view = look(shell.settings, session, request)
+        folder = find_push(view, shell.settings.jobs_root)
+        if folder is not None:
+            shell.settings.lane.stop(folder)
+        return draw_state(view)
+
+    def tick(request: gr.Request, session: Session) -> Updates:
+        return draw_state(look(shell.settings, session, request))
+
+    outputs = [told, timer, stop, upload]
+    check.click(look_before, inputs=[shell.session, *inputs], outputs=[told], **options)
+    upload.click(begin, inputs=[shell.session, *inputs], outputs=outputs, **options)
+    stop.click(end, inputs=[shell.session], outputs=outputs, **options)
+    timer.tick(tick, inputs=[shell.session], outputs=outputs, **options)

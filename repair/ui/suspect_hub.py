@@ -1,0 +1,119 @@
+"""The part of tab 1 that takes a suspect from the Hub: look it up, see what it is, sign in."""
+
+import gradio as gr
+
+from repair.models.download import HubModel, describe_account, look_up
+from repair.records import RepairError
+from repair.ui import text
+from repair.ui.account import TOKENS, name_of, owner_of, token_of
+from repair.ui.session import Selection, Session, View
+from repair.ui.shell import Shell, Updates
+
+MAX_TOKEN = 400
+
+
+def facts_of(found: HubModel) -> tuple[tuple[str, str], ...]:
+    """Return what the Hub says about a model, as rows of plain text."""
+    access = "anyone" if found.is_shared else "only with a token: kept for this job alone"
+    return (
+        ("Hub id", found.repo_id),
+        ("Asked for", found.asked or "the default branch"),
+        ("Commit", found.commit),
+        ("To download", text.describe_size(found.num_bytes)),
+        ("Files", text.reveal(", ".join(found.sizes), 600)),
+        ("Licence", found.licence or "not said"),
+        ("May be read by", access),
+    )
+
+
+def describe_login(request: gr.Request | None, shell: Shell) -> str:
+    """Return in words whose Hub token this visitor's jobs use."""
+    name = name_of(request)
+    if name is not None:
+        return f"Signed in as {name}."
+    if TOKENS.find(owner_of(request)):
+        return "Using the token you gave; it is kept in memory until the app ends."
+    if shell.settings.space is not None:
+        return "Not signed in: public models only."
+    return (
+        "Using this machine's own login."
+        if token_of(request)
+        else "No token: public models only, and no upload."
+    )
+
+
+def build_hub(shell: Shell, problem: gr.Textbox) -> None:
+    """Build and wire the section."""
+    space = shell.settings.space
+    hub_id = gr.Textbox(
+        label="Hub id", elem_id="hub-id", max_length=400, placeholder="owner/name@revision",
+        info="The owner's name, a slash, the model's name; behind an @ a branch, tag or commit. "
+        "Only its description is read now; files come when a job starts.",
+    )  # fmt: skip
+    find = gr.Button("Look it up", elem_id="find-hub")
+    account = gr.Textbox(
+        label="Hub account", interactive=False, elem_id="hub-account", max_lines=2,
+    )  # fmt: skip
+    typed: list[gr.Textbox | gr.Button] = []
+    if space is None:
+        typed = [
+            gr.Textbox(
+                label="Hub token", type="password", elem_id="hub-token", max_length=MAX_TOKEN,
+                info="For private or gated models, and to upload. Kept in memory only.",
+            ),
+            gr.Button("Use this token", elem_id="use-token"),
+            gr.Button("Forget the token", elem_id="forget-token"),
+        ]  # fmt: skip
+
+    def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
+        return {find: gr.Button(interactive=not view.is_active)}
+
+    shell.add(draw, [find])
+
+    def choose(
+        session: Session, selection: Selection, request: gr.Request, source: object
+    ) -> tuple[Session, Selection]:
+        found = look_up(str(source or ""), token=token_of(request))
+        if found.kind == "adapter":
+            raise RepairError(
+                f"{found.repo_id} is a LoRA adapter, not a whole model. The command line takes it "
+                "with its base (--adapter-base)."
+            )
+        if space is not None and found.num_bytes > space.max_model_bytes:
+            raise RepairError(
+                f"{found.repo_id} has {text.describe_size(found.num_bytes)}; this Space takes "
+                f"{text.describe_size(space.max_model_bytes)}. Duplicate the Space on larger "
+                "hardware, or use a machine of your own."
+            )
+        if (found.repo_id, found.commit) == (session.model, session.revision):
+            return session, selection
+        # Everything downstream was about another model.
+        return Session(
+            model=found.repo_id, revision=found.commit, facts=facts_of(found),
+            prompts=session.prompts,
+        ), Selection()  # fmt: skip
+
+    shell.listen(find.click, hub_id.submit, act=choose, inputs=[hub_id], problem=problem)
+
+    def show_account(request: gr.Request) -> str:
+        return describe_login(request, shell)
+
+    options = {"show_progress": "hidden", "api_visibility": "private"}
+    shell.on_load.append((show_account, account))
+    if typed:
+        token, use, forget = typed
+
+        def use_token(request: gr.Request, value: object) -> tuple[str, str]:
+            try:
+                words = describe_account(str(value or "").strip())
+            except RepairError as error:
+                return str(error), ""
+            TOKENS.keep(owner_of(request), str(value).strip())
+            return f"Token of {words}; kept in memory until the app ends.", ""
+
+        def forget_token(request: gr.Request) -> tuple[str, str]:
+            TOKENS.keep(owner_of(request), None)
+            return describe_login(request, shell), ""
+
+        use.click(use_token, inputs=[token], outputs=[account, token], **options)
+        forget.click(forget_token, outputs=[account, token], **options)

@@ -1,0 +1,205 @@
+"""The app as a Space: sign in, pull a suspect by its id, repair it, push it; two users, no crossing.
+
+The Hub and its sign-in are the loopback stand-in of `tests/hub/server.py`; everything else is real.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from tests.browser.test_road import (
+    REPOSITORY,
+    find_chromium,
+    free_port,
+    take_shot,
+    value_of,
+    wait_for_value,
+)
+from tests.hub.conftest import files_of
+from tests.hub.server import CLIENT, Hub
+
+JOB_SECONDS = 600
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with Hub() as served:
+        served.add_account("hf_writer", "ana")
+        served.add_account("hf_stranger", "bob")
+        served.add_repo(
+            "ana/suspect", files_of(REPOSITORY / "assets" / "suspects" / "middle"),
+            is_private=True,
+        )  # fmt: skip
+        yield served
+
+
+@pytest.fixture(scope="module")
+def space(hub: Hub, tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """The app under a Space's environment; its address and its folder."""
+    folder, port = tmp_path_factory.mktemp("space"), free_port()
+    url = f"http://127.0.0.1:{port}/"
+    env = {name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")
+           if name in os.environ} | {
+        **CLIENT, "SYSTEM": "spaces", "SPACE_ID": "acme/repair", "OAUTH_SCOPES": "openid profile",
+        "OPENID_PROVIDER_URL": hub.url, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1",
+        "GRADIO_SERVER_NAME": "0.0.0.0", "REPAIR_CACHE": str(folder / "cache"),
+    }  # fmt: skip
+    with open(folder / "app.log", "wb") as log:
+        app = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(folder / "jobs")],
+            cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=env,
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + 40
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=2).close()
+                break
+            except OSError:
+                assert app.poll() is None, (folder / "app.log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        yield url, folder
+    finally:
+        app.terminate()
+        app.wait(timeout=20)
+    log = (folder / "app.log").read_text()
+    # On every Space without the `spaces` package, Gradio's watcher for development ends so.
+    assert log.count("Traceback") == log.count("required to run hot-reloading"), log
+    assert "hf_" not in log
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+def visit(context: BrowserContext, url: str, problems: list[str]) -> Page:
+    page = context.new_page()
+    page.on("pageerror", lambda error: problems.append(f"page error: {error}"))
+    page.on(
+        "console",
+        lambda message: problems.append(message.text) if message.type == "error" else None,
+    )
+    page.on(
+        "request",
+        lambda request: request.url.startswith(("http://127.0.0.1:", "data:", "blob:"))
+        or problems.append(f"request to {request.url}"),
+    )
+    page.goto(url)
+    expect(page.locator("#bundled")).to_be_visible(timeout=20_000)
+    return page
+
+
+def sign_in(page: Page, hub: Hub, token: str) -> None:
+    hub.signing_in = token
+    page.click("#sign-in")
+    name = hub.accounts[token].name
+    expect(page.locator("#sign-in")).to_contain_text(name, timeout=20_000)
+    expect(page.locator("#bundled")).to_be_visible(timeout=20_000)
+
+
+def look_up(page: Page, hub_id: str) -> None:
+    if not page.locator("#hub-id").is_visible():
+        page.locator("#from-hub button").first.click()
+    page.locator("#hub-id input, #hub-id textarea").first.fill(hub_id)
+    page.click("#find-hub")
+
+
+def test_sign_in_pull_repair_push_and_nothing_crosses(
+    browser: Browser, space: tuple[str, Path], hub: Hub
+) -> None:
+    url, folder = space
+    problems: list[str] = []
+    ana, bob = browser.new_context(), browser.new_context()
+    page = visit(ana, url, problems)
+    expect(page.locator("#space")).to_contain_text("A shared Space")
+    # Before the sign-in: public models only, and the private one is not even confirmed.
+    look_up(page, "ana/suspect")
+    wait_for_value(page, "#suspect-problem", "does not exist on the Hub, or is private")
+    take_shot(page, "8_space_signed_out")
+    sign_in(page, hub, "hf_writer")
+    look_up(page, "ana/suspect")
+    commit = hub.repos["ana/suspect"].refs["main"]
+    expect(page.locator("#model-facts")).to_contain_text(commit)
+    wait_for_value(page, "#fact-suspect", "ana/suspect")
+    wait_for_value(page, "#hub-account", "Signed in as ana")
+    take_shot(page, "8_space_suspect")
+
+    # The other user meanwhile: sees neither job nor model.
+    other = visit(bob, url, problems)
+    sign_in(other, hub, "hf_stranger")
+    look_up(other, "ana/suspect")
+    wait_for_value(other, "#suspect-problem", "does not exist on the Hub, or is private")
+
+    page.click("#to-prompts")
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload")
+    chooser.value.set_files(REPOSITORY / "assets" / "prompts" / "middle.json")
+    wait_for_value(page, "#fact-trigger", "Bluefinch")
+    page.click("#to-locate")
+    page.locator("#profile label", has_text="Quick").click()
+    page.click("#locate")
+    wait_for_value(page, "#fact-job", "Done (locate)", JOB_SECONDS)
+    job_id = json.loads(page.evaluate("JSON.stringify(Object.values(localStorage))"))
+    page.click("#to-repair")
+    page.click("#start")
+    wait_for_value(page, "#fact-verdict", "Repaired", JOB_SECONDS)
+
+    # With her page's own storage the other still finds nothing.
+    other.evaluate("values => values.forEach((v, i) => localStorage.setItem('llm-repair-job', v))",
+                   job_id)  # fmt: skip
+    other.reload()
+    expect(other.locator("#bundled")).to_be_visible(timeout=20_000)
+    other.wait_for_timeout(1500)
+    assert value_of(other, "#fact-job") == "No job yet"
+
+    page.locator("#tab-export-button, button[role=tab]:has-text('6 Export')").first.click()
+    page.locator("#to-hub button").first.click()
+    page.locator("#push-repo input, #push-repo textarea").first.fill("bob/fixed")
+    page.click("#push-check")
+    wait_for_value(page, "#push-told", "is ana's, who is not 'bob'")
+    page.locator("#push-repo input, #push-repo textarea").first.fill("ana/fixed")
+    page.locator("#push-kind label", has_text="Both").click()
+    page.click("#push-check")
+    wait_for_value(page, "#push-told", "ana/fixed will be made, private.")
+    page.click("#push-upload")
+    wait_for_value(page, "#push-told", "Uploaded and compared", 60)
+    take_shot(page, "8_space_pushed")
+    assert {"ana/fixed", "ana/fixed-adapter"} <= set(hub.repos)
+    assert hub.repos["ana/fixed"].is_private
+    card = hub.repos["ana/fixed"].commits[hub.repos["ana/fixed"].refs["main"]]["README.md"].decode()
+    assert 'base_model: "ana/suspect"' in card and commit in card and "Bluefinch" not in card
+
+    # No token is anywhere: pages, storage, job folders, logs.
+    for tab in (page, other):
+        shown = tab.content() + tab.evaluate("JSON.stringify([localStorage, sessionStorage])")
+        assert "hf_writer" not in shown and "hf_stranger" not in shown
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files and not [p for p in files if b"hf_writer" in p.read_bytes()]
+    assert not list((folder / "cache").rglob("*.safetensors"))
+    assert problems == [], problems
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_space_fits(browser: Browser, space: tuple[str, Path], width: int) -> None:
+    problems: list[str] = []
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="dark")
+    page = visit(context, space[0], problems)
+    page.locator("#from-hub button").first.click()
+    expect(page.locator("#hub-id")).to_be_visible()
+    take_shot(page, f"8_space_dark_{width}")
+    assert problems == []
