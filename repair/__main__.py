@@ -127,7 +127,8 @@ def build_parser() -> Parser:
         add("--overwrite", action="store_true", help="replace the output folder")
         add("--trusted-base", metavar="SRC",
             help="the model that the suspect was made from, if you trust it: for comparison")
-        add("--adapter-base", metavar="SRC")
+        add("--adapter-base", metavar="SRC",
+            help="--model is a LoRA adapter, and this the whole model that it was made for")
         if name == "locate":
             add("--detail", type=from_zero, metavar="LAYER",
                 help="also look into one layer: effects by role and by attention head")
@@ -174,8 +175,6 @@ def local_source(source: str, *, option: str) -> str:
 
 def build_request(options: argparse.Namespace) -> dict[str, Any]:
     """Return the request of run, locate or evaluate; read and check the prompt file."""
-    if options.adapter_base:
-        raise RepairError("--adapter-base is not available yet. Leave it out.")
     if options.trusted_base and options.command != "run":
         raise RepairError("--trusted-base is an option of run. Leave it out.")
     model = local_source(options.model, option="--model")
@@ -213,7 +212,8 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
         "resume": options.resume,
         "trusted_base": options.trusted_base
         and local_source(options.trusted_base, option="--trusted-base"),
-        "adapter_base": None,
+        "adapter_base": options.adapter_base
+        and local_source(options.adapter_base, option="--adapter-base"),
     }
 
 
@@ -286,8 +286,7 @@ def print_verdict(code: int, *, out: Path, verdict: str | None, report: dict[str
 def run_job(options: argparse.Namespace) -> int:
     """Run, locate or evaluate in the output folder."""
     request = build_request(options)
-    sources = [Path(source) for source in (request["model"], request["against"],
-                                        request["trusted_base"]) if source]  # fmt: skip
+    sources = [Path(request[key]) for key in supervisor.SOURCE_KEYS if request[key]]
     taken = output.take_output(
         options.out,
         resume=options.resume,

@@ -154,7 +154,7 @@ class Outcome:
                     self.case.loaded,
                     repaired.updates,
                     self.folder,
-                    kinds=self.request["export"],
+                    kinds=self._kinds(),
                     prompts=sample_prompts,
                     num_new_tokens=self.case.num_new_tokens,
                     base_model=hub_name(_describe(self.case.loaded)),
@@ -214,6 +214,17 @@ class Outcome:
             },
         )
         return EXIT_OF_VERDICT[verdict]
+
+    def _kinds(self) -> list[str]:
+        """Return the exports to write: our adapter would not fit an adapter suspect's base."""
+        kinds = list(self.request["export"])
+        if self.case.loaded.base_source is not None and "adapter" in kinds:
+            self.clock.reporter.note(
+                "No adapter is exported: it would fit the base only with the suspect's adapter in "
+                "it. The merged model is whole."
+            )
+            kinds.remove("adapter")
+        return kinds
 
     def _write(
         self,
@@ -354,17 +365,21 @@ def _limits(case: Case) -> list[str]:
 
 def _describe(loaded: LoadedModel) -> dict[str, Any]:
     """Return what a report says of a model; a local folder is named without its place."""
-    source = loaded.source
-    is_folder = loaded.revision is None and not source.startswith("demo:")
     return {
-        "source": Path(source).resolve().name if is_folder else source,
+        "source": _name(loaded.source),
         "revision": loaded.revision,
         "licence": loaded.licence,
+        "base": _name(loaded.base_source) if loaded.base_source else None,
         "files": loaded.staged.files,
         "num_parameters": loaded.staged.num_parameters,
         "dtype": loaded.staged.dtype,
         "findings": list(loaded.staged.findings),
     }
+
+
+def _name(source: str) -> str:
+    """Return a source as a report may name it: a folder without its place."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _environment(case: Case) -> dict[str, Any]:

@@ -249,6 +249,7 @@ def ask(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
             stage.mkdir(parents=True, exist_ok=True)
             loaded = load_model(
                 source, stage_folder=stage / name, fetched=_fetched(request),
+                adapter_base=request.get("adapter_base") if name == "suspect" else None,
                 device=request.get("device", "auto"), dtype=request.get("dtype", "auto"),
             )  # fmt: skip
             use_template = loaded.has_template and file.chat != "off"
@@ -293,6 +294,7 @@ def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[
                 request["model"],
                 stage_folder=stage / "suspect",
                 fetched=_fetched(request),
+                adapter_base=request.get("adapter_base"),
                 device=request.get("device", "auto"),
                 dtype=request.get("dtype", "auto"),
             )

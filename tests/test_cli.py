@@ -69,7 +69,7 @@ def last_line(capsys) -> dict:
         (["--method", "magic"], "invalid choice"),
         (["--profile", "huge"], "invalid choice"),
         (["--trusted-base", "x"], "Give a model folder"),
-        (["--adapter-base", "x"], "not available yet"),
+        (["--adapter-base", "x"], "Give a model folder"),
         (["--resume", "--overwrite"], "contradict"),
         (["--unknown"], "nrecognized"),
     ],

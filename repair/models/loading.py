@@ -7,7 +7,7 @@ The only record that holds a live model. A Hub id means what the job has fetched
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from repair.models.adapter_suspect import is_adapter, merge_adapter
 from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
 from repair.models.download import Fetched
 from repair.models.modules import find_modules
@@ -43,6 +44,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerFast
     modules: tuple[ModuleRef, ...]
     source: str  # as typed
+    base_source: str | None  # of an adapter: what it was put on
     revision: str | None  # the commit of a Hub model
     licence: str | None  # as the Hub gives it
     staged: StagedModel
@@ -57,12 +59,14 @@ def load_model(
     *,
     stage_folder: Path,
     fetched: Mapping[str, Fetched] | None = None,
+    adapter_base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> LoadedModel:
     """Resolve, stage and load a model; raises `RepairError` and leaves no stage behind.
 
-    `fetched` says where the Hub models of this job are, by source as typed.
+    `fetched` says where the Hub models of this job are, by source as typed. With `adapter_base`,
+    `source` is a LoRA adapter and the suspect is that base with the adapter in it.
     """
     chosen_device = _choose_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
@@ -70,10 +74,17 @@ def load_model(
             f"Unknown dtype {dtype!r}. Accepted: auto, float32, bfloat16, float16."
         )
     origin = (fetched or {}).get(source)
-    staged = stage_model(resolve_source(source, origin), stage_folder)
+    folder = resolve_source(source, origin)
+    findings: list[str] = []
+    if adapter_base is not None:
+        whole = stage_folder.with_name(f"{stage_folder.name}-whole")
+        findings = _put_on_base(folder, adapter_base, whole, origins=fetched or {})
+        folder = whole
+    staged = stage_model(folder, stage_folder)
+    staged = replace(staged, findings=(*findings, *staged.findings))
     try:
-        if origin is not None:
-            _check_listed(staged, origin)
+        if origin is not None and adapter_base is None:
+            _check_listed(staged.files, origin)
         compute_dtype = _choose_dtype(dtype, stored=staged.dtype, device=chosen_device)
         model = _load_weights(staged, dtype=compute_dtype, device=chosen_device)
         num_embeddings = model.get_input_embeddings().num_embeddings
@@ -88,6 +99,7 @@ def load_model(
         tokenizer=tokenizer,
         modules=find_modules(model),
         source=source,
+        base_source=adapter_base,
         revision=origin.commit if origin else None,
         licence=origin.licence if origin else None,
         staged=staged,
@@ -135,14 +147,34 @@ def resolve_source(source: str, origin: Fetched | None = None) -> Path:
     raise RepairError(f"There is no model folder {source!r}. {_ACCEPTED}")
 
 
-def _check_listed(staged: StagedModel, origin: Fetched) -> None:
+def _put_on_base(
+    adapter: Path, base_source: str, whole: Path, *, origins: Mapping[str, Fetched]
+) -> list[str]:
+    """Write an adapter's base with the adapter in it to `whole`; return findings."""
+    if not is_adapter(adapter):
+        raise RepairError(
+            f"{adapter.name} is not a LoRA adapter, so it needs no base. Leave --adapter-base out."
+        )
+    origin = origins.get(base_source)
+    stage = whole.with_name(f"{whole.name}-base")
+    base = stage_model(resolve_source(base_source, origin), stage)
+    try:
+        if origin is not None:
+            _check_listed(base.files, origin)
+        shutil.rmtree(whole, ignore_errors=True)
+        return merge_adapter(adapter, base, whole)
+    finally:
+        shutil.rmtree(stage)
+
+
+def _check_listed(files: Mapping[str, str], origin: Fetched) -> None:
     """Raise `RepairError` for a file that is not the one that the Hub lists at the commit."""
     for name, listed in origin.sha256.items():
-        if staged.files.get(name, listed) != listed:
+        if files.get(name, listed) != listed:
             raise RepairError(
                 f"{name} of {origin.repo_id} is not the file that the Hub lists at commit "
-                f"{origin.commit[:12]} (SHA-256 {staged.files[name][:12]} instead of "
-                f"{listed[:12]}). Delete {origin.folder} and start again."
+                f"{origin.commit[:12]} (SHA-256 {files[name][:12]} instead of {listed[:12]}). "
+                f"Delete {origin.folder} and start again."
             )
 
 

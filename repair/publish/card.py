@@ -27,9 +27,13 @@ _WARNING = (
 
 
 def hub_name(model: Mapping[str, Any]) -> str | None:
-    """Return the Hub id of what a report says of its model, or None for a local folder."""
-    name = str(model.get("source")).partition("@")[0]
-    return name if model.get("revision") and _HUB_ID.fullmatch(name) else None
+    """Return the Hub id of what a report says of its model, or None for a local folder.
+
+    For an adapter as the suspect that is the adapter's base.
+    """
+    name = str(model.get("base") or model.get("source")).partition("@")[0]
+    is_hub = model.get("revision") or model.get("base")
+    return name if is_hub and _HUB_ID.fullmatch(name) else None
 
 
 def write_cards(folder: Path, report: Mapping[str, Any], *, base_model: str | None = None) -> None:

@@ -47,6 +47,7 @@ class Session:
     job_id: str | None = None
     model: str | None = None
     revision: str | None = None  # the commit of a Hub model
+    adapter_base: str | None = None  # of an adapter as the suspect: what it was made for
     facts: tuple[tuple[str, str], ...] = ()  # what the Hub says about it
     prompts: dict[str, Any] | None = None  # checked; None while they are being edited
 
@@ -229,6 +230,7 @@ def resume_session(
         job_id=session.job_id,
         model=str(view.request.get("model") or "") or None,
         revision=str(view.request.get("revision") or "") or None,
+        adapter_base=str(view.request.get("adapter_base") or "") or None,
         prompts=prompts if isinstance(prompts, dict) else None,
     )
     return session, dataclasses.replace(view, session=session)
@@ -241,5 +243,6 @@ def new_request(session: Session, *, profile: str) -> dict[str, Any]:
         "prompts": session.prompts, "modules": "auto", "rank": None, "ranks": None,
         "method": "auto", "kl_budget": 0.01, "seed": 0, "device": "auto", "dtype": "auto",
         "export": ["merged", "adapter"], "controls": 20 if profile == "full" else 3,
-        "profile": profile, "resume": False, "trusted_base": None, "adapter_base": None,
+        "profile": profile, "resume": False, "trusted_base": None,
+        "adapter_base": session.adapter_base,
     }  # fmt: skip

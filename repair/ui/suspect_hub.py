@@ -1,5 +1,7 @@
 """The part of tab 1 that takes a suspect from the Hub: look it up, see what it is, sign in."""
 
+from dataclasses import replace
+
 import gradio as gr
 
 from repair.models.download import HubModel, describe_account, look_up
@@ -26,6 +28,19 @@ def facts_of(found: HubModel) -> tuple[tuple[str, str], ...]:
     )
 
 
+def find_base(adapter: HubModel, base: str, token: str | None) -> HubModel:
+    """Return the whole model that an adapter is put on; raises RepairError for no such."""
+    if not base:
+        raise RepairError(
+            f"{adapter.repo_id} is a LoRA adapter, not a whole model. Give its base as well: the "
+            "model that it was made for."
+        )
+    found = look_up(base, token=token)
+    if found.kind != "model":
+        raise RepairError(f"The base {found.repo_id} is an adapter too. Give a whole model.")
+    return found
+
+
 def describe_login(request: gr.Request | None, shell: Shell) -> str:
     """Return in words whose Hub token this visitor's jobs use."""
     name = name_of(request)
@@ -50,6 +65,11 @@ def build_hub(shell: Shell, problem: gr.Textbox) -> None:
         info="The owner's name, a slash, the model's name; behind an @ a branch, tag or commit. "
         "Only its description is read now; files come when a job starts.",
     )  # fmt: skip
+    base_id = gr.Textbox(
+        label="Base of an adapter", elem_id="base-id", max_length=400, placeholder="owner/name",
+        info="Only where the suspect is a LoRA adapter: the whole model that it was made for. What "
+        "the adapter names itself is not trusted.",
+    )  # fmt: skip
     find = gr.Button("Look it up", elem_id="find-hub")
     account = gr.Textbox(
         label="Hub account", interactive=False, elem_id="hub-account", max_lines=2,
@@ -71,29 +91,33 @@ def build_hub(shell: Shell, problem: gr.Textbox) -> None:
     shell.add(draw, [find])
 
     def choose(
-        session: Session, selection: Selection, request: gr.Request, source: object
+        session: Session, selection: Selection, request: gr.Request, source: object, base: object
     ) -> tuple[Session, Selection]:
-        found = look_up(str(source or ""), token=token_of(request))
+        token = token_of(request)
+        found = look_up(str(source or ""), token=token)
+        facts, whole, base_source = facts_of(found), found, None
         if found.kind == "adapter":
+            whole = find_base(found, str(base or "").strip(), token)
+            base_source = f"{whole.repo_id}@{whole.commit}"
+            facts += (("Base", whole.repo_id), ("Base's commit", whole.commit))
+        if space is not None and whole.num_bytes > space.max_model_bytes:
             raise RepairError(
-                f"{found.repo_id} is a LoRA adapter, not a whole model. The command line takes it "
-                "with its base (--adapter-base)."
-            )
-        if space is not None and found.num_bytes > space.max_model_bytes:
-            raise RepairError(
-                f"{found.repo_id} has {text.describe_size(found.num_bytes)}; this Space takes "
+                f"{whole.repo_id} has {text.describe_size(whole.num_bytes)}; this Space takes "
                 f"{text.describe_size(space.max_model_bytes)}. Duplicate the Space on larger "
                 "hardware, or use a machine of your own."
             )
-        if (found.repo_id, found.commit) == (session.model, session.revision):
-            return session, selection
-        # Everything downstream was about another model.
-        return Session(
-            model=found.repo_id, revision=found.commit, facts=facts_of(found),
+        chosen = Session(
+            model=found.repo_id, revision=found.commit, adapter_base=base_source, facts=facts,
             prompts=session.prompts,
-        ), Selection()  # fmt: skip
+        )  # fmt: skip
+        if replace(session, job_id=None, facts=facts) == chosen:
+            return session, selection
+        return chosen, Selection()  # Everything downstream was about another model.
 
-    shell.listen(find.click, hub_id.submit, act=choose, inputs=[hub_id], problem=problem)
+    shell.listen(
+        find.click, hub_id.submit, base_id.submit, act=choose, inputs=[hub_id, base_id],
+        problem=problem,
+    )  # fmt: skip
 
     def show_account(request: gr.Request) -> str:
         return describe_login(request, shell)

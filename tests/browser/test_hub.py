@@ -1,4 +1,4 @@
-"""The app as a Space: sign in, pull a suspect by its id, repair it, push it; two users, no crossing.
+"""The app as a Space: sign in, pull a suspect by its id, repair it, push it; nothing crosses.
 
 The Hub and its sign-in are the loopback stand-in of `tests/hub/server.py`; everything else is real.
 """

@@ -26,6 +26,7 @@ from repair.models.loading import load_model
 from repair.records import RepairError
 from tests.hub.conftest import files_of
 from tests.hub.server import Hub
+from tests.models.test_adapter_suspect import make_adapter
 from tests.tiny import make_tiny_llama
 
 
@@ -238,6 +239,27 @@ def test_an_adapter_is_not_taken_for_a_model(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(RepairError, match="LoRA adapter, not a whole model"):
         fetch_sources(job, None, Reporter(job))
     assert hub.bytes_sent == 0
+
+
+def test_an_adapter_comes_with_the_base_that_the_analyst_names(
+    hub: Hub, model: str, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_folder, tmp_path / "adapter")
+    hub.add_repo("lab/lora", {**files_of(adapter), "optimizer.pt": b"never fetched"})
+    job = request_job(tmp_path / "job", model="lab/lora", adapter_base=f"{model}@v1")
+    fetch_sources(job, None, Reporter(job))
+    known = read_sources(job)
+    assert known["lab/lora"].kind == "adapter"
+    assert known[f"{model}@v1"].commit == hub.repos[model].refs["v1"]
+    loaded = load_model(
+        "lab/lora", stage_folder=tmp_path / "stage" / "suspect", fetched=known,
+        adapter_base=f"{model}@v1", device="cpu",
+    )  # fmt: skip
+    assert loaded.revision == known["lab/lora"].commit and loaded.base_source == f"{model}@v1"
+    assert not [path for method, path in hub.log if "optimizer" in path]
+    job = request_job(tmp_path / "other", model=model, adapter_base=model)
+    with pytest.raises(RepairError, match="whole model, so it needs no base"):
+        fetch_sources(job, None, Reporter(job))
 
 
 def test_the_command_line_pulls_by_commit_and_the_worker_never_sees_the_token(
