@@ -1,0 +1,90 @@
+"""What a shared lane refuses, ends and deletes."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from repair.jobs import store, supervisor
+from repair.jobs.supervisor import Limits, choose_module, hub_sources
+from repair.records import RepairError
+from tests.jobs.stand_in import make_request
+from tests.jobs.test_supervisor import checkout, wait_until  # noqa: F401 (a fixture)
+
+
+@pytest.fixture
+def shared(tmp_path, checkout, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(supervisor, "CHECKOUT", checkout)
+    limits = Limits(max_seconds=2, max_waiting=2, max_per_owner=2, keep_seconds=3600)
+    lane = supervisor.Supervisor(tmp_path / "jobs", limits)
+    yield lane
+    lane.close()
+
+
+def make_job(lane, owner: str, target: str | None = None) -> Path:
+    return lane.root / store.create_job(lane.root, make_request(target), owner=owner)
+
+
+def test_one_owner_cannot_fill_the_lane_and_all_together_cannot_fill_the_queue(shared):
+    first = make_job(shared, "ana", "sleep")
+    shared.submit(first)
+    wait_until(lambda: shared.current is not None)
+    shared.submit(make_job(shared, "ana"))
+    with pytest.raises(RepairError, match="2 of your jobs are waiting or running"):
+        shared.submit(make_job(shared, "ana"))
+    shared.submit(make_job(shared, "bob"))
+    with pytest.raises(RepairError, match="no more are taken"):
+        shared.submit(make_job(shared, "eve"))
+    # A stopped one makes room.
+    shared.stop(first)
+    wait_until(lambda: not shared.is_busy(first))
+    shared.check_room("ana")
+
+
+def test_a_job_that_takes_too_long_is_stopped_and_the_next_one_runs(shared):
+    late, after = make_job(shared, "ana", "sleep"), make_job(shared, "bob")
+    began = time.monotonic()
+    shared.submit(late)
+    shared.submit(after)
+    wait_until(lambda: not shared.is_busy(after))
+    status = store.read_status(late)
+    assert (status.state, status.exit_code) == ("stopped", 130) and "minutes" in status.message
+    assert store.read_status(after).state == "done" and time.monotonic() - began < 20
+
+
+def test_old_idle_jobs_are_deleted_and_no_others(tmp_path):
+    root = tmp_path / "jobs"
+    jobs = {}
+    for name in ("old", "new", "waiting", "kept"):
+        folder = root / store.create_job(root, make_request(), owner="me")
+        state = "queued" if name == "waiting" else "done"
+        store.write_status(folder, store.JobStatus(state=state))
+        jobs[name] = folder
+    rest = root / f".deleted-{'0' * 32}"
+    rest.mkdir()
+    (root / "notes").mkdir()
+    for name, folder in [*jobs.items(), ("rest", rest), ("notes", root / "notes")]:
+        if name != "new":
+            for path in (*folder.iterdir(), folder):
+                os.utime(path, (0, 0))
+    store.write_status(rest, store.JobStatus(state="done"))
+    for path in (*rest.iterdir(), rest):
+        os.utime(path, (0, 0))
+    assert store.sweep(root, older_than=3600, keep={jobs["kept"]}) == 2
+    left = {path for path in root.iterdir()}
+    assert left == {jobs["new"], jobs["waiting"], jobs["kept"], root / "notes"}
+
+
+def test_only_what_needs_the_hub_gets_a_process_with_a_network():
+    cases = (
+        ({"model": "demo:middle"}, "repair.jobs.worker"),
+        ({"model": "/models/mine"}, "repair.jobs.worker"),
+        ({"model": "lab/suspect"}, "repair.jobs.fetch"),
+        ({"model": "demo:middle", "trusted_base": "lab/base"}, "repair.jobs.fetch"),
+        ({"model": "/a", "adapter_base": "lab/base@v1"}, "repair.jobs.fetch"),
+        ({"command": "push", "folder": "/out"}, "repair.jobs.upload"),
+    )
+    for request, module in cases:
+        assert choose_module(request) == module
+    assert hub_sources({"model": "lab/x", "against": None, "trusted_base": ""}) == ["lab/x"]

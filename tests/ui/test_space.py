@@ -1,0 +1,132 @@
+"""Where the app runs decides who a visitor is, what it may do, and that it starts at all."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from fastapi import Request
+
+from repair.ui.account import TOKENS, owner_of, token_of
+from repair.ui.space import COOKIE, VisitorCookie, jobs_folder, read_space
+from tests.browser.test_road import free_port
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SIGN_IN = {
+    "OAUTH_CLIENT_ID": "id", "OAUTH_CLIENT_SECRET": "a long client secret",
+    "OAUTH_SCOPES": "openid",
+    "OPENID_PROVIDER_URL": "http://127.0.0.1:9",
+}  # fmt: skip
+STARTS = {
+    "Space": {"SYSTEM": "spaces", "SPACE_ID": "a/b", "GRADIO_SERVER_NAME": "0.0.0.0", **SIGN_IN},
+    "Space without sign-in": {"SYSTEM": "spaces", "SPACE_ID": "a/b"},
+    "ZeroGPU": {"SYSTEM": "spaces", "SPACE_ID": "a/b", "SPACES_ZERO_GPU": "true", **SIGN_IN},
+    "with a token": {"HF_TOKEN": "hf_canary"},
+    "offline": {"HF_HUB_OFFLINE": "1"},
+}
+
+
+def call(scope: dict, headers: list[tuple[bytes, bytes]] | None = None) -> gr.Request:
+    whole = {"type": "http", "headers": headers or [], **scope}
+    return gr.Request(Request(whole))
+
+
+def visit(cookie: str | None) -> tuple[str, str | None]:
+    """Send one request through the middleware; return (visitor in its state, cookie set)."""
+    seen = {}
+
+    async def app(scope, receive, send):
+        seen.update(scope["state"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        seen.update({k.decode(): v.decode() for k, v in message["headers"]})
+
+    headers = [(b"cookie", f"x=1; {cookie}".encode())] if cookie else []
+    scope = {"type": "http", "headers": headers}
+    asyncio.run(VisitorCookie(app)(scope, None, send))
+    return seen["visitor"], seen.get("set-cookie")
+
+
+def test_visitors_are_told_apart_by_a_cookie_that_scripts_cannot_read():
+    first, cookie = visit(None)
+    second, _ = visit(None)
+    assert first != second and len(first) == 32
+    assert cookie.startswith(f"{COOKIE}={first};") and "HttpOnly" in cookie and "Secure" in cookie
+    assert visit(f"{COOKIE}={first}") == (first, None)
+    for forged in ("", "local", "../x", "A" * 32, first + "0"):
+        visitor, cookie = visit(f"{COOKIE}={forged}")
+        assert visitor != forged and cookie is not None
+
+
+def test_who_a_visitor_is_and_which_token_serves_him(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_machine")
+    signed_in = {"session": {"oauth_info": {
+        "access_token": "hf_user", "expires_at": time.time() + 60,
+        "userinfo": {"sub": "7", "preferred_username": "ana"},
+    }}}  # fmt: skip
+    expired = {"session": {"oauth_info": {
+        **signed_in["session"]["oauth_info"], "expires_at": time.time() - 1,
+    }}}  # fmt: skip
+    visitor = {"state": {"visitor": "0" * 32}}
+    assert owner_of(call({})) == "local" and token_of(call({})) == "hf_machine"
+    assert owner_of(call(signed_in)) == "hub:7" and token_of(call(signed_in)) == "hf_user"
+    # The machine's own login serves its one analyst, and never a visitor or another account.
+    for scope in (visitor, {**expired, **visitor}):
+        assert owner_of(call(scope)) == "visitor:" + "0" * 32 and token_of(call(scope)) is None
+    account = gr.Request(Request({"type": "http", "headers": []}), username="eve")
+    assert owner_of(account) == "account:eve" and token_of(account) is None
+    TOKENS.keep("account:eve", "hf_eve")
+    assert token_of(account) == "hf_eve" and token_of(call({})) == "hf_machine"
+    TOKENS.keep("account:eve", None)
+    # What a browser can send decides nothing.
+    sent = [(b"cookie", b"oauth_info=x; session=y"), (b"x-visitor", b"0")]
+    assert owner_of(call({}, sent)) == "local"
+
+
+def test_a_space_says_its_limits_and_zero_gpu_what_it_cannot_do(monkeypatch, tmp_path):
+    assert read_space() is None and jobs_folder(None, tmp_path) == tmp_path
+    for name, value in STARTS["Space"].items():
+        monkeypatch.setenv(name, value)
+    space = read_space()
+    assert space.can_sign_in and not space.is_zero
+    for words in ("30 minutes", "GiB", "visible to you only", "a/b?duplicate=true", "Sign in"):
+        assert words in space.describe()
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    assert "cannot run repairs" in read_space().describe()
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_it_starts(name: str, tmp_path: Path) -> None:
+    port = free_port()
+    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    with open(tmp_path / "log", "wb") as log:
+        app = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(tmp_path / "jobs")],
+            cwd=REPOSITORY, env={**kept, **STARTS[name]}, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + 30
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2) as page:
+                    text, headers = page.read().decode(), page.headers
+                break
+            except OSError:
+                assert app.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+    finally:
+        app.terminate()
+        app.wait(timeout=20)
+    is_space = "SYSTEM" in STARTS[name]
+    assert (COOKIE in str(headers.get_all("set-cookie"))) == is_space
+    assert ("huggingface.co/spaces/a/b" in text) == is_space
+    assert ("Sign in with Hugging Face" in text) == ("OAUTH_CLIENT_ID" in STARTS[name])
+    assert "hf_canary" not in text + (tmp_path / "log").read_text()
