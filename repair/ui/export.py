@@ -140,6 +140,7 @@ def build_export(shell: Shell) -> None:
             updates = {empty: gr.Markdown(visible=True), body: gr.Column(visible=False)}
             return updates | {figure: gr.Image(value=None, visible=False) for figure in figures}
         has_merged = (folder / "merged").is_dir()
+        is_far = shell.settings.space is not None
         packed = pack_adapter(shell.settings, folder)
         verdict = str(view.report.get("verdict"))
         words = {
@@ -155,9 +156,11 @@ def build_export(shell: Shell) -> None:
             empty: gr.Markdown(visible=False),
             body: gr.Column(visible=True),
             warning: gr.Textbox(value=words, visible=bool(words)),
-            place: str(folder),
+            # On a Space the visitor cannot reach a folder: the Hub is the way out.
+            place: gr.Textbox(value="" if is_far else str(folder), visible=not is_far),
             merged: gr.Textbox(
-                value=str(folder / "merged") if has_merged else "", visible=has_merged
+                value=str(folder / "merged") if has_merged and not is_far else "",
+                visible=has_merged and not is_far,
             ),
             download: gr.DownloadButton(value=packed, visible=packed is not None),
             files: list_files(folder),

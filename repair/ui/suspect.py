@@ -150,7 +150,7 @@ def build_suspect(shell: Shell) -> None:
                     "folder of this app.", placeholder="my-model",
                 )  # fmt: skip
                 use = gr.Button("Look at this folder", elem_id="use-path")
-            else:
+            elif shell.settings.space is None:
                 gr.Markdown(
                     "To look at your own model, start the app with `--models-root DIR`, the "
                     "folder your models are in."
@@ -196,7 +196,10 @@ def build_suspect(shell: Shell) -> None:
         updates: Updates = {
             empty: gr.Markdown(visible=model is None),
             card: gr.Textbox(value=words, visible=bool(words)),
-            facts: gr.Dataframe(value=rows, visible=bool(rows)),
+            facts: gr.Dataframe(
+                value=rows, visible=bool(rows), label="What the Hub says"
+                if model is not None and is_hub_id(model) else "From config.json and the folder",
+            ),
             go_on: gr.Button(visible=bool(rows)),
             bundled: gr.Radio(interactive=not view.is_active),
             example: gr.Button(interactive=not view.is_active),
