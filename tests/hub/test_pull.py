@@ -305,6 +305,16 @@ def test_the_worker_that_follows_has_neither_network_nor_token(
     assert "repair.jobs.worker" in started["argv"]
 
 
+def test_too_little_disk_is_said_in_numbers_before_anything_comes(
+    hub: Hub, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(RepairError, match=r"still needs \S+ GiB, but 0.0 GiB are free"):
+        fetch(look_up(model), token=None)
+    assert hub.bytes_sent == 0
+
+
 def test_progress_is_in_bytes(hub: Hub, model: str, tmp_path: Path) -> None:
     hub.bytes_per_second = 60_000
     job = request_job(tmp_path / "job", model=model)
