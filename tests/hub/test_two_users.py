@@ -97,11 +97,11 @@ def test_a_download_is_stopped_and_goes_on(
 ) -> None:
     folder = make_tiny_llama(tmp_path / "sharded", num_layers=6, max_shard_size="60KB")
     hub.add_repo("lab/sharded", files_of(folder))
-    hub.bytes_per_second = 25_000
+    hub.bytes_per_second = 30_000
     job = make_job(lane, "ana", model="lab/sharded")
     lane.submit(job)
     end = time.monotonic() + 30
-    while hub.bytes_sent < 120_000:
+    while not any(event["kind"] == "progress" for event in store.read_events(job)[0]):
         assert time.monotonic() < end
         time.sleep(0.02)
     began = time.monotonic()
@@ -113,8 +113,6 @@ def test_a_download_is_stopped_and_goes_on(
     lane.submit(job)
     wait(lane, job)
     assert store.read_status(job).state == "done"
-    events, _ = store.read_events(job)
-    assert any(e["kind"] == "progress" and e["step"] == "download" for e in events)
     got = Path(store.read_object(job / store.SOURCES)["lab/sharded"]["folder"])
     assert not list(got.parent.glob("*.partial"))
     for path in got.iterdir():
