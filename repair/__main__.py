@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from repair import prompts
+from repair.batch import Ended, run_batch
 from repair.jobs import output, store, supervisor
 from repair.jobs.progress import Display, one_line
 from repair.records import (
@@ -111,9 +112,9 @@ def build_parser() -> Parser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         add = command.add_argument
-        add("--model", required=True, metavar="SRC",
+        add("--model", required=name != "run", metavar="SRC",
             help="folder, Hub id, or demo:begin|middle|end|clean")
-        add("--prompts", type=Path, required=True, metavar="FILE", help="prompt file")
+        add("--prompts", type=Path, required=name != "run", metavar="FILE", help="prompt file")
         add("--out", type=Path, required=True, metavar="DIR", help="output folder")
         add("--revision", help="commit or branch of a Hub model")
         add("--trigger", action="append", default=[], metavar="TEXT",
@@ -135,6 +136,8 @@ def build_parser() -> Parser:
         if name == "evaluate":
             add("--against", metavar="SRC", help="the candidate to compare with")
         if name == "run":
+            add("--models", type=Path, metavar="FILE",
+                help="instead of --model: a JSON list of suspects, one after the other")
             add("--modules", type=modules, default="auto", metavar="auto|N|PATHS")
             add("--rank", type=positive, metavar="N")
             add("--method", choices=("auto", "closed-form", "distill"), default="auto")
@@ -283,7 +286,21 @@ def print_verdict(code: int, *, out: Path, verdict: str | None, report: dict[str
     print(json.dumps(line))
 
 
-def run_job(options: argparse.Namespace) -> int:
+def run_jobs(options: argparse.Namespace) -> int:
+    """Run, locate or evaluate one suspect, or run a list of them."""
+    if getattr(options, "models", None) is not None:
+        if options.model:
+            raise RepairError("--model and --models were given. Give one of them.")
+        return run_batch(options, run_job)
+    if not options.model or not options.prompts:
+        raise RepairError("--model and --prompts are needed, or --models with a list of suspects.")
+    ended = run_job(options)
+    if ended.code != EXIT_BAD_INPUT:
+        print_verdict(ended.code, out=ended.out, verdict=ended.verdict, report=ended.report)
+    return ended.code
+
+
+def run_job(options: argparse.Namespace) -> Ended:
     """Run, locate or evaluate in the output folder."""
     request = build_request(options)
     sources = [Path(request[key]) for key in supervisor.SOURCE_KEYS if request[key]]
@@ -304,13 +321,15 @@ def run_job(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     if code == EXIT_BAD_INPUT:
+        message = store.read_status(taken.folder).message
         taken.give_back()
-        return code
+        return Ended(code=code, out=taken.folder, verdict=None, report={}, message=message)
     taken.keep()
     status = store.read_status(taken.folder)
     report = store.read_object(taken.folder / "report.json") if status.verdict else {}
-    print_verdict(code, out=taken.folder, verdict=status.verdict, report=report)
-    return code
+    return Ended(
+        code=code, out=taken.folder, verdict=status.verdict, report=report, message=status.message
+    )
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -390,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
             return run_verify(options)
         if options.command == "push":
             return run_push(options)
-        return run_job(options)
+        return run_jobs(options)
     except RepairError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code

@@ -247,6 +247,53 @@ def test_push_takes_no_unknown_file(tmp_path, capsys):
     assert "notes.txt" in capsys.readouterr().err
 
 
+def test_many_suspects_one_after_the_other(tmp_path, capsys, stand_in):
+    for name, target in (("good", None), ("bad", "gate"), ("odd", "refuse"), ("clean", "nothing")):
+        (tmp_path / name).mkdir()
+        write_prompts(tmp_path / name, target)
+    entries = [
+        {"model": "demo:middle", "name": name, "prompts": f"{name}/prompts.json"}
+        for name in ("good", "bad", "odd", "clean")
+    ]
+    models = tmp_path / "models.json"
+    models.write_text(json.dumps(entries))
+    out = tmp_path / "out"
+    assert call("run", "--models", models, "--out", out) == 2  # as the worst of them
+    captured = capsys.readouterr()
+    line = json.loads(captured.out.strip().splitlines()[-1])
+    assert [row["exit_code"] for row in line["models"]] == [0, 1, 2, 3]
+    assert json.loads((out / "summary.json").read_text()) == line["models"]
+    assert "suspect  verdict" in captured.err and "nothing to repair" in captured.err
+    assert not (out / "odd").exists() and (out / "bad" / "report.json").is_file()
+    # Resumed: what is done is not made again.
+    before = (out / "good" / "status.json").stat().st_mtime_ns
+    (tmp_path / "odd" / "prompts.json").write_text((tmp_path / "good/prompts.json").read_text())
+    assert call("run", "--models", models, "--out", out, "--resume") == 1
+    assert (out / "good" / "status.json").stat().st_mtime_ns == before
+    assert (out / "odd" / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "list of 1 to"),
+        ("[", "cannot be read"),
+        ('[{"prompts": "x"}]', 'with a "model"'),
+        ('[{"model": "demo:end"}]', "no --prompts"),
+        ('[{"model": "demo:end", "prompts": "p", "rank": "4"}]', "unknown key 'rank'"),
+        ('[{"model": "demo:end", "prompts": "p", "name": "../x"}]', "needs a name"),
+        ('[{"model": "a/b", "prompts": "p"}, {"model": "a-b", "prompts": "p"}]', "twice"),
+    ],
+)
+def test_a_models_file_that_cannot_be(tmp_path, capsys, text, words):
+    path = tmp_path / "models.json"
+    path.write_text(text)
+    assert call("run", "--models", path, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert call("run", "--models", path, "--model", "demo:end", "--out", tmp_path / "out") == 2
+    assert call("run", "--out", tmp_path / "out") == 2
+
+
 def test_help_needs_no_torch():
     code = "import sys, repair.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
