@@ -129,10 +129,11 @@ def look_up(
     what is missing, private, gated, limited or out of reach.
     """
     repo_id, asked = parse_hub_id(source, revision)
+    api = HfApi(token=token or False)
     with hub_errors(repo_id, asked):
-        info = HfApi(token=token or False).model_info(
-            repo_id, revision=asked, files_metadata=True, timeout=TIMEOUT
-        )
+        info = api.model_info(repo_id, revision=asked, files_metadata=True, timeout=TIMEOUT)
+        if info.gated:  # described to anyone, readable only to some: better told now than later
+            api.auth_check(repo_id)
     commit = info.sha or ""
     if not COMMIT.fullmatch(commit):
         raise RepairError(f"The Hub gave no commit for {repo_id}. Try again later.")

@@ -126,12 +126,18 @@ def test_a_private_model_is_never_shared(hub: Hub, model: str, tmp_path: Path) -
 
 def test_a_gated_model_says_where_to_accept_and_is_not_shared(hub: Hub, model: str) -> None:
     hub.repos[model].gate = "manual"
+    for token in ("hf_reader", None):
+        with pytest.raises(RepairError, match="accept its terms on huggingface.co/lab/suspect"):
+            look_up(model, token=token)
+    hub.accounts["hf_reader"].accepted.add(model)
     found = look_up(model, token="hf_reader")
     assert not found.is_shared
-    with pytest.raises(RepairError, match="accept its terms on huggingface.co/lab/suspect"):
-        fetch(found, token="hf_reader")
-    hub.accounts["hf_reader"].accepted.add(model)
     assert Path(fetch(found, token="hf_reader").folder).is_dir()
+    # Access that is taken back before the download is said the same way.
+    hub.accounts["hf_reader"].accepted.clear()
+    shutil.rmtree(cache_folder())
+    with pytest.raises(RepairError, match="accept its terms"):
+        fetch(found, token="hf_reader")
 
 
 def test_what_is_missing_limited_or_out_of_reach_is_said(
