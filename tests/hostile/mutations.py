@@ -13,9 +13,9 @@ Files = dict[str, bytes]
 
 # What a hostile author would try in any place of any file.
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 64, 199, 200, 201, 2**31, 2**53, 10**18, 10**400, -(2**63),
-    0.0, -0.5, 0.5, 1e-320, 1e308, "", " ", "x", "64", "\ud800", "\u202e", "\0", "a" * 5000,
-    "../other/model.safetensors", "/etc/passwd", "..\\other", "model.safetensors", "evil.bin",
+    None, True, False, 0, 1, -1, 2, 3, 7, 64, 199, 200, 201, 2**31, 2**53, 10**18, 10**400,
+    -(2**63), 0.0, -0.5, 0.5, 1e-320, 1e308, "", " ", "x", "64", "\ud800", "\u202e", "\0",
+    "a" * 5000,    "../other/model.safetensors", "/etc/passwd", "..\\other", "model.safetensors", "evil.bin",
     "org/repo", "org/repo--module.Class", "float8_e4m3fn", "default", "yarn", "longrope", "llama3",
     "linear", "dynamic", "sliding_attention", "full_attention", "relu", "LlamaForCausalLM", [], [1],
     [None], ["x"], [0, 1], [1.0] * 16, {}, {"x": 1}, {"type": "x"}, {"content": "<s>"}, [[]], [{}],
@@ -28,7 +28,8 @@ KEYS = (
     "fast_tokenizer_files", "tokenizer_file", "chat_template", "pad_token", "eos_token_id",
     "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation",
     "padding", "byte_fallback", "weight_map", "metadata", "__metadata__", "is_decoder", "id2label",
-    "problem_type", "return_dict", "use_return_dict", "output_attentions", "chunk_size_feed_forward",
+    "problem_type", "return_dict", "use_return_dict", "output_attentions",
+    "chunk_size_feed_forward",
 )  # fmt: skip
 FRAGMENTS: tuple[Any, ...] = (
     {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "yarn", "factor": 0.0},
@@ -149,7 +150,7 @@ def _nudge(value: Any, draw: random.Random) -> Any:
     if type(value) is int and draw.random() < 0.5:
         return draw.choice((value + 1, value - 1, value * 2, value // 2, -value, value * 10**6))
     if type(value) is float and draw.random() < 0.5:
-        return draw.choice((-value, value * 1e300, value * 1e-300, int(value)))
+        return draw.choice((-value, value * 1e300, value * 1e-300, round(value, 1)))
     return _fresh(draw)
 
 
