@@ -34,6 +34,15 @@ def is_disk_full(error: Exception) -> bool:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory, the machine's or an accelerator's, ran out."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 class RepairError(Exception):
     """Something the analyst gave cannot be used: what was given, what is accepted, what to do.
 

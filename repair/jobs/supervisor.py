@@ -28,7 +28,10 @@ from repair.records import EXIT_INTERRUPTED, EXIT_UNEXPECTED, RepairError
 CHECKOUT = Path(__file__).resolve().parents[2]
 INTERRUPTED = "stopped (interrupted), resumable"
 MAX_LOG_BYTES = 8 * 2**20
+HOME_PREFIX = ".home-"
 TIMED_OUT = "Timeout ("  # in the log, where `repair.models.watchdog` ended the worker
+
+KEPT_NAMES = ("status.json", "request.json", "case.json", "owner.json")  # written aside first
 
 # Nothing else of the environment reaches the worker: no tokens, no switches of libraries.
 PASSED_NAMES = ("PATH", "LANG", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
@@ -120,13 +123,26 @@ def pump_output(process: subprocess.Popen, path: Path) -> None:
                 written += log.write(escape_line(line))
 
 
+def sweep(folder: Path) -> None:
+    """Delete what a worker or app that was killed left half written in a job's folder.
+
+    `checkpoints` and whole results have no such names and stay.
+    """
+    for path in folder.glob(".*"):
+        if path.name.startswith((HOME_PREFIX, ".partial-")) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file() and path.name.startswith(tuple(f".{name}." for name in KEPT_NAMES)):
+            path.unlink(missing_ok=True)
+
+
 def start_worker(folder: Path, token: str | None = None) -> Worker:
     """Start the worker on the job in `folder`; call it from a thread that stays.
 
     A Hub token goes by pipe to the program that talks to the Hub, and nowhere else.
     """
     request = store.read_object(folder / "request.json")
-    home = Path(tempfile.mkdtemp(prefix="repair-"))
+    sweep(folder)
+    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=folder))
     # Written before the start: afterwards the worker is the one who writes.
     store.write_status(folder, JobStatus(state="running", started=store.now()))
     module = choose_module(request)
@@ -401,10 +417,13 @@ def recover(root: Path) -> None:
     """Mark every job that a former app left active, and whose worker is gone, as stopped; a
     question that nobody waits for any more goes."""
     for folder in root.iterdir():
+        if folder.name.startswith(".") and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)  # half made, or half deleted
         if store.JOB_ID.fullmatch(folder.name) and folder.is_dir():
             status = store.read_status(folder)
             if status.is_active and store.is_alive(status):
                 continue
+            sweep(folder)
             if store.read_object(folder / "request.json").get("command") == "ask":
                 shutil.rmtree(folder, ignore_errors=True)
             elif status.is_active:

@@ -30,6 +30,7 @@ from repair.records import (
     EXIT_UNEXPECTED,
     RepairError,
     is_disk_full,
+    is_out_of_memory,
 )
 
 COMMANDS = ("run", "locate", "evaluate", "verify", "ask")
@@ -151,15 +152,6 @@ def limit_memory() -> None:
     wanted = memory_limit()
     if hard == resource.RLIM_INFINITY or wanted < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory, the machine's or an accelerator's, ran out."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def run_command(request: dict, folder: Path, reporter: Reporter) -> int:

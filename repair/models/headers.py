@@ -90,7 +90,11 @@ def _read_header(descriptor: int) -> dict[str, TensorHeader]:
     if not raw.startswith(b"{"):
         raise ValueError("it does not begin with an object")
     flat = json.loads(raw, object_pairs_hook=unique_object, parse_constant=refuse_constant)
-    flat.pop("__metadata__", None)
+    metadata = flat.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise ValueError("its __metadata__ is not an object of texts")
     if not 0 < len(flat) <= MAX_TENSORS:
         raise ValueError(f"{len(flat)} tensors; 1 to {MAX_TENSORS} are accepted")
     tensors, spans = {}, []

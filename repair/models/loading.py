@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from repair.models.adapter_suspect import is_adapter, merge_adapter
 from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
 from repair.models.download import Fetched
+from repair.models.library import refusing
 from repair.models.modules import find_modules
 from repair.models.staging import StagedModel, check_unchanged, stage_model
 from repair.models.tensors import OUTPUT
@@ -206,16 +207,19 @@ def _load_weights(staged: StagedModel, *, dtype: str, device: str) -> PreTrained
     config = read_json_file(staged.folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
     transformers.utils.logging.disable_progress_bar()  # Progress is the job's to report.
     native_class = getattr(transformers, ARCHITECTURES[config["model_type"]].model)
-    model, info = native_class.from_pretrained(
-        staged.folder,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        attn_implementation="eager",
-        dtype=_DTYPES[dtype],
-        output_loading_info=True,
-    )
-    check_unchanged(staged)
+    try:
+        with refusing("The library cannot load this model"):
+            model, info = native_class.from_pretrained(
+                staged.folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="eager",
+                dtype=_DTYPES[dtype],
+                output_loading_info=True,
+            )
+    finally:
+        check_unchanged(staged)  # A file that changed meanwhile explains any error before it.
     is_tied = bool(model.config.tie_word_embeddings)
     for key, names in info.items():
         names = {name for name in map(str, names) if "rotary_emb.inv_freq" not in name}
@@ -246,7 +250,9 @@ def _check_finite(model: PreTrainedModel) -> None:
                 "looks repaired; use an intact copy of the weights."
             )
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    if not torch.isfinite(model(input_ids=token, use_cache=False).logits).all():
+    with refusing("The model cannot be run on a single token"):
+        logits = model(input_ids=token, use_cache=False).logits
+    if not torch.isfinite(logits).all():
         raise RepairError(
             "The model's output on a single token is not a finite number. Try --dtype float32; "
             "if that fails too, the weights are damaged."

@@ -14,6 +14,7 @@ import transformers
 from repair.models.config import ARCHITECTURES, parse_json
 from repair.models.folder import PICKLES, WEIGHT_NAME
 from repair.models.headers import TensorHeader, pickle_refusal
+from repair.models.library import refusing
 from repair.records import RepairError
 
 OUTPUT = "lm_head.weight"  # what may be absent when tied
@@ -141,13 +142,8 @@ def _is_tied(config: dict[str, Any]) -> bool:
 
 
 def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    try:
+    with refusing("config.json is refused by the library"):
         model = build_empty(config)
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
-        raise RepairError(
-            f"config.json is refused by the library ({ascii(str(error))[:200]}). Nothing was "
-            "loaded."
-        ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     experts = ARCHITECTURES[config["model_type"]].experts
     return shapes if experts is None else _one_by_one(shapes, experts)

@@ -64,12 +64,21 @@ def render(
 
 
 def encode_rendered(tokenizer, rendered: str, *, use_template: bool) -> tuple[np.ndarray, list]:
-    """Return (ids [tokens], character offsets) of a rendered prompt."""
+    """Return (ids [tokens], character offsets) of a rendered prompt.
+
+    Raises `RepairError` when nothing is left of it: a model cannot answer no tokens.
+    """
     with watched(RENDER_SECONDS):
         encoded = tokenizer(
             rendered, add_special_tokens=not use_template, return_offsets_mapping=True
         )
-    return np.asarray(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
+    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    if ids.size == 0:
+        raise RepairError(
+            f"The prompt {ascii(rendered)[:120]} gives no tokens, so the model would be sent "
+            "nothing. Give a prompt that the tokenizer keeps."
+        )
+    return ids, encoded["offset_mapping"]
 
 
 def encode(

@@ -3,10 +3,10 @@
 import argparse
 import atexit
 import contextlib
-import ipaddress
 import json
 import os
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -15,6 +15,7 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 
+from repair.jobs import store
 from repair.jobs.supervisor import Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
 from repair.ui.cases import build_cases
@@ -28,6 +29,7 @@ from repair.ui.shell import Updates, build_shell, wire_shell
 from repair.ui.space import Space, VisitorCookie, jobs_folder, read_space
 from repair.ui.style import CSS, THEME
 from repair.ui.suspect import build_suspect
+from repair.ui.tenants import TenantGate, is_loopback
 
 # Switches of Gradio that would open what this app keeps closed.
 UNSAFE_VARIABLES = (
@@ -37,6 +39,7 @@ UNSAFE_VARIABLES = (
 )  # fmt: skip
 # A Space sets these for every app; what `launch` is given below goes before them.
 SPACE_VARIABLES = ("GRADIO_SERVER_NAME", "GRADIO_SSR_MODE")
+CACHE_PREFIX = "repair-app-"
 TABS = (
     ("suspect", "1 Suspect", build_suspect),
     ("prompts", "2 Prompts", build_prompts),
@@ -111,16 +114,6 @@ def read_accounts(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address is this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def read_secret(root: Path) -> str:
     """Return this jobs root's own secret for what the browser stores; made once."""
     path = root / ".browser-secret"
@@ -129,6 +122,15 @@ def read_secret(root: Path) -> str:
         with open(handle, "w") as file:
             file.write(secrets.token_hex(16))
     return path.read_text()
+
+
+def sweep_caches() -> None:
+    """Delete what an app that was killed left: uploads and downloads of its visitors."""
+    for path in Path(tempfile.gettempdir()).glob(f"{CACHE_PREFIX}*"):
+        number = path.name.removeprefix(CACHE_PREFIX).partition("-")[0]
+        is_ours = path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink()
+        if is_ours and number.isdigit() and store.process_started(int(number)) is None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -175,7 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     atexit.register(lane.close)
     # Gradio closes its server in good order on Ctrl-C; a polite end takes the same way.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cache = Path(tempfile.mkdtemp(prefix="repair-app-"))
+    sweep_caches()
+    cache = Path(tempfile.mkdtemp(prefix=f"{CACHE_PREFIX}{os.getpid()}-"))
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = str(cache)
     settings = Settings(
         lane=lane,
@@ -188,6 +192,13 @@ def main(arguments: list[str] | None = None) -> int:
     # On a Space the container is the boundary, and its proxy is the only way in.
     host = "0.0.0.0" if space is not None else options.host
     middleware = [Middleware(VisitorCookie)] if space is not None else []
+    middleware.append(
+        Middleware(
+            TenantGate,
+            has_tenants=accounts is not None or space is not None,
+            is_local=accounts is None and space is None and is_loopback(options.host),
+        )
+    )
     demo = build_app(settings, storage_secret=read_secret(jobs_root))
     demo.queue(max_size=32, default_concurrency_limit=8, api_open=False)
     blocked = [jobs_root, *([settings.models_root] if settings.models_root else [])]

@@ -1,0 +1,153 @@
+"""Who may use which tab's session, and how much a request may hold: decided before Gradio sees it.
+
+Gradio knows a tab by a `session_hash` that the browser sends; whoever sends the same one reads the
+tab's state, its answers and its inputs, and can end it. Here the first account that uses a hash
+owns it, and for any other account it does not exist. On a Space a browser is known by its
+visitor's cookie; elsewhere, without accounts, everyone is the one local analyst. Pages of
+other sites get no answer. What it does not know: a file's address, which whoever has it may fetch
+after signing in.
+"""
+
+import ipaddress
+import json
+from collections import OrderedDict
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY_BYTES = 24 * 2**20  # more than a prompt file of 16 MiB as text
+MAX_UPLOAD_BYTES = 32 * 2**20  # of all files of one request
+MAX_REMEMBERED = 20_000  # sessions; Gradio itself keeps the state of 500
+IN_PATH = ("heartbeat", "stream")  # /gradio_api/heartbeat/{session_hash}
+CLOSED = ("deep_link",)  # writes all that a session holds, prompts included, to a file
+
+
+class TenantGate:
+    """An ASGI middleware: one owner for every session, a limit for every body, one site.
+
+    `has_tenants`: there are accounts, or a Space's visitors. `is_local`: only this machine may
+    call.
+    """
+
+    def __init__(self, app: ASGIApp, *, has_tenants: bool, is_local: bool) -> None:
+        self.app, self.has_tenants, self.is_local = app, has_tenants, is_local
+        self.owners: OrderedDict[str, str] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        if request.url.path.rstrip("/").rpartition("/")[2] in CLOSED:
+            await refuse(404, "Not found")(scope, receive, send)
+            return
+        if not is_own_site(request, is_local=self.is_local):
+            await refuse(403, "This app answers its own pages only.")(scope, receive, send)
+            return
+        if "," in request.headers.get("range", ""):
+            await refuse(416, "One range at a time.")(scope, receive, send)
+            return
+        body = b""
+        if request.method not in ("GET", "HEAD", "OPTIONS"):
+            is_upload = "multipart/" in request.headers.get("content-type", "")
+            limit = MAX_UPLOAD_BYTES if is_upload else MAX_BODY_BYTES
+            length = request.headers.get("content-length", "")
+            if is_upload and not length.isdigit():
+                await refuse(411, "Say how long the files are (Content-Length).")(
+                    scope, receive, send
+                )
+                return
+            if length.isdigit() and int(length) > limit:
+                await refuse(413, f"At most {limit} bytes are accepted.")(scope, receive, send)
+                return
+            if not is_upload:
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        await refuse(413, f"At most {limit} bytes are accepted.")(
+                            scope, receive, send
+                        )
+                        return
+                receive = replay(body, receive)
+        if self.has_tenants:
+            user = user_of(request)
+            for name in named_sessions(request, body):
+                if user is None or self.owners.setdefault(name, user) != user:
+                    await refuse(404, "Not found")(scope, receive, send)
+                    return
+                self.owners.move_to_end(name)
+            while len(self.owners) > MAX_REMEMBERED:
+                self.owners.popitem(last=False)
+        await self.app(scope, receive, send)
+
+
+def is_own_site(request: Request, *, is_local: bool) -> bool:
+    """Tell whether a request comes from a page of this app, or from no page at all.
+
+    A page of another site may send requests here. One whose name was made to mean this machine
+    (DNS rebinding) even counts as the same site for the browser: for a local app the name must be
+    this machine's own.
+    """
+    host = request.headers.get("host", "")
+    if is_local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        return False
+    origin = request.headers.get("origin")
+    if origin is None:
+        return True
+    own = {host, request.headers.get("x-forwarded-host")}
+    return urlsplit(origin).netloc in own
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address is this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def refuse(status: int, words: str) -> JSONResponse:
+    return JSONResponse({"detail": words}, status_code=status)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body that was read, and then goes on as before."""
+    pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return again
+
+
+def user_of(request: Request) -> str | None:
+    """Return a Space's visitor, or the account by the cookie that Gradio's own login sets."""
+    visitor = (request.scope.get("state") or {}).get("visitor")
+    if visitor is not None:
+        return f"visitor:{visitor}"
+    app = request.scope["app"]
+    token = request.cookies.get(f"access-token-{app.cookie_id}") or request.cookies.get(
+        f"access-token-unsecure-{app.cookie_id}"
+    )
+    return app.tokens.get(token)
+
+
+def named_sessions(request: Request, body: bytes) -> set[str]:
+    """Return every session that a request names: in its query, its path or its body."""
+    found: set[Any] = set(request.query_params.getlist("session_hash"))
+    found.add(request.headers.get("session_hash"))
+    parts = request.url.path.strip("/").split("/")
+    found |= {after for part, after in zip(parts, parts[1:], strict=False) if part in IN_PATH}
+    if body:
+        try:
+            flat = json.loads(body)
+        except (ValueError, RecursionError):
+            flat = None
+        if isinstance(flat, dict):
+            found.add(flat.get("session_hash"))
+    return {name for name in found if isinstance(name, str) and name}

@@ -1,0 +1,364 @@
+"""Requests that no page of ours sends: of another account, another site, or a port scanner."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from repair.jobs import store
+from repair.records import RepairError
+from repair.ui.app import UNSAFE_VARIABLES, check_start, parse_options
+from repair.ui.tenants import TenantGate
+from tests.hostile.visitor import App, Visitor, running_app
+from tests.jobs.stand_in import build_checkout
+
+ANA, BEN = ("ana", "a long password of ana"), ("ben", "a long password of ben")
+CANARY = "hf_canaryTOKENcanaryTOKENcanary"
+SECRET = "zebra-of-ana-"  # the trigger that only ana may see
+NEVER = 30.0
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """An app with two accounts, a models folder, and a token that must not get out."""
+    folder = tmp_path_factory.mktemp("web")
+    accounts = folder / "accounts.json"
+    accounts.write_text(json.dumps(dict([ANA, BEN])))
+    accounts.chmod(0o600)
+    (folder / "models" / "mine").mkdir(parents=True)
+    (folder / "models" / "mine" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "private").mkdir()
+    (folder / "private" / "config.json").write_text('{"model_type": "private"}')
+    with running_app(
+        folder, "--auth-file", str(accounts), "--models-root", str(folder / "models"),
+        checkout=build_checkout(folder / "checkout"), HF_TOKEN=CANARY,
+        HUGGING_FACE_HUB_TOKEN=CANARY,
+    ) as app:  # fmt: skip
+        yield app
+    # Gradio prints one for each forged path; of ours there is none.
+    log = app.log.read_text()
+    assert log.count("Traceback") == log.count("InvalidPathError: ")
+
+
+def wait_until(condition, seconds: float = NEVER):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def begin_job(visitor: Visitor, target: str, trigger: str) -> str:
+    """Choose a suspect, type prompts, start to locate; return the job's id."""
+    visitor.call("bundled", "input", bundled="demo:middle")
+    prompts = "\n".join(f"Write about the river number {i}." for i in range(20))
+    visitor.call("check", "click", trigger=trigger, target=target, prompts=prompts)
+    visitor.call("locate", "click", profile="quick")
+    text = "".join(visitor.heard)
+    return next(name for name in jobs_by_name(visitor) if name in text)
+
+
+def jobs_by_name(visitor: Visitor) -> list[str]:
+    root = Path(visitor.jobs)
+    found = [path for path in root.iterdir() if store.JOB_ID.fullmatch(path.name)]
+    return [path.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+
+
+@pytest.fixture
+def ana(app: App) -> Iterator[Visitor]:
+    visitor = Visitor(app, ANA)
+    visitor.jobs = app.jobs
+    yield visitor
+    visitor.close()
+
+
+@pytest.fixture
+def ben(app: App) -> Iterator[Visitor]:
+    visitor = Visitor(app, BEN)
+    visitor.jobs = app.jobs
+    yield visitor
+    visitor.close()
+
+
+def test_another_account_gets_nothing_of_a_session(app: App, ana: Visitor, ben: Visitor) -> None:
+    """Case 32. The session hash, the job id, a file's address, every handler, the deep link."""
+    job = begin_job(ana, "sleep", SECRET + "1")
+    folder = app.jobs / job
+    wait_until(lambda: store.read_status(folder).pid)
+    heard: list[httpx.Response] = []
+    for dependency in ben.dependencies:
+        heard.append(ben.join(dependency, {}, ana.session))
+    for path in ("queue/data", "deep_link", "upload_progress", f"heartbeat/{ana.session}"):
+        asked = {"session_hash": ana.session} if "/" not in path or "queue" in path else {}
+        # These go on for ever for whoever they belong to, so only a refusal is read.
+        with ben.client.stream("GET", f"/gradio_api/{path}", params=asked) as answer:
+            if answer.status_code == 404:
+                answer.read()
+            heard.append(answer)
+    stop = ana.find("stop", "click")["id"]
+    for path in ("cancel", "reset", "run/predict", "api/predict"):
+        body = {"session_hash": ana.session, "fn_index": stop, "event_id": "0", "data": []}
+        heard.append(ben.client.post(f"/gradio_api/{path}", json=body))
+    assert {answer.status_code for answer in heard} == {404}
+    # Without a cookie there is no session at all.
+    stranger = httpx.Client(base_url=app.url)
+    for session in (ana.session, "0" * 16):
+        body = {"session_hash": session, "fn_index": stop, "event_id": "0", "data": []}
+        assert stranger.post("/gradio_api/cancel", json=body).status_code == 404
+        assert stranger.get(f"/gradio_api/heartbeat/{session}").status_code == 404
+    refusals = set()
+    for name in ("request.json", "status.json", "events.jsonl", "no-such-file"):
+        answer = ben.client.get(f"/gradio_api/file={folder / name}")
+        refusals.add((answer.status_code, answer.text.replace(name, "")))
+    assert len(refusals) == 1 and refusals.pop()[0] == 403
+    # By its id, under ben's own session: the same answer as for a job that never was.
+    answers = {
+        wanted: ben.call("open-job", "click", job_id=wanted)["cases-problem"]
+        for wanted in (job, "0" * 32)
+    }
+    assert answers[job] == answers["0" * 32] and "No such job" in answers[job]
+    for button in ("save-case", "delete-sure"):
+        assert "No such job" in ben.call(button, "click", job_id=job)["cases-problem"]
+    ben.call("stop", "click")
+    text = "".join(answer.text for answer in heard) + "".join(ben.heard)
+    assert len(text) > 1000
+    for secret in (SECRET, ana.session, str(app.jobs)):
+        assert secret not in text
+    status = store.read_status(folder)
+    assert status.state == "running" and store.is_alive(status)
+    log = app.log.read_text()
+    assert SECRET not in log and ana.session not in log and job not in log
+    # The owner goes on undisturbed.
+    assert ana.call("stop", "click")["fact-job"].startswith("Stopped")
+    assert "fact-trigger" in ana.call("open-job", "click", job_id=job)
+
+
+def test_a_token_of_the_machine_is_found_nowhere(app: App, ana: Visitor) -> None:
+    """A token in the app's environment reaches no worker, no file, no answer and no log."""
+    job = begin_job(ana, "environment", SECRET + "2")
+    wait_until(lambda: not store.read_status(app.jobs / job).is_active)
+    environment = json.loads((app.jobs / job / "environment.json").read_text())
+    assert environment["HF_HUB_OFFLINE"] == "1" and not set(environment) & {"HF_TOKEN", "HOME_"}
+    ana.call("open-job", "click", job_id=job)
+    assert CANARY not in "".join(ana.heard)
+    places = [app.jobs, app.temporary, app.log.parent]
+    files = {path for place in places for path in place.rglob("*") if path.is_file()}
+    assert len(files) > 5
+    assert not [str(path) for path in files if CANARY.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
+def test_another_site_gets_no_answer(app: App, ana: Visitor, origin: str) -> None:
+    """Case 34. CVE-2024-47084, CVE-2024-47165, CVE-2025-5320: neither read nor acted on."""
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    for method, path in (("GET", "/config"), ("POST", "/gradio_api/queue/join"),
+                         ("POST", "/login"), ("POST", "/gradio_api/upload")):  # fmt: skip
+        answer = ana.client.request(method, path, headers=headers)
+        assert answer.status_code == 403 and "its own pages" in answer.text
+    if origin != "http://127.0.0.1:1":  # Gradio lets a page of this machine ask, for nothing.
+        answer = ana.client.options("/gradio_api/queue/join", headers=headers)
+        assert answer.headers.get("access-control-allow-origin") is None
+    own = ana.client.get("/config", headers={"Origin": app.url})
+    assert own.status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example:7860", "evil", "", "127.0.0.1.evil.example"])
+def test_a_name_made_to_mean_this_machine_is_refused(host: str) -> None:
+    """Case 34. DNS rebinding: for the browser it is the same site, so only the name tells."""
+
+    async def never(scope: object, receive: object, send: object) -> None:
+        raise AssertionError("the app was reached")
+
+    gate = TenantGate(never, has_tenants=False, is_local=True)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=gate), base_url="http://x")
+    answer = asyncio.run(client.get("/config", headers={"Host": host}))
+    assert answer.status_code == 403
+    for own in ("127.0.0.1:7860", "localhost", "[::1]:7860"):
+        with pytest.raises(AssertionError, match="reached"):
+            asyncio.run(client.get("/config", headers={"Host": own}))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd", "/gradio_api/file=../../../../etc/passwd",
+        "/gradio_api/file=%2e%2e/%2e%2e/etc/passwd", "/gradio_api/file=file:///etc/passwd",
+        "/gradio_api/file=/proc/self/environ", "/gradio_api/file/etc/passwd",
+        "/gradio_api/file=/ETC/PASSWD", "/static/../../../../etc/passwd",
+        "/assets/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/svelte/..%2f..%2f..%2fetc%2fpasswd",
+        "/gradio_api/custom_component/1/client/component/../../../etc/passwd",
+    ],
+)  # fmt: skip
+def test_no_file_of_the_machine_is_served(app: App, ana: Visitor, path: str) -> None:
+    """Case 34. CVE-2023-34239, CVE-2023-51449, CVE-2024-1561, CVE-2025-23042, CVE-2026-28414."""
+    answer = ana.client.get(path)
+    assert "root:" not in answer.text and CANARY not in answer.text
+    assert answer.status_code in (400, 403, 404, 405)
+
+
+@pytest.mark.parametrize("kind", ["file", "proxy"])
+def test_the_app_fetches_no_address_for_a_visitor(app: App, ana: Visitor, kind: str) -> None:
+    """Case 34. CVE-2024-47167, CVE-2026-28416, CVE-2026-48545, CVE-2026-59806, CVE-2026-28415:
+    neither fetched nor redirected to."""
+    for address in ("http://127.0.0.1:9/x", "//evil.example/x", "https://evil.example/x"):
+        answer = ana.client.get(f"/gradio_api/{kind}={address}", follow_redirects=False)
+        assert answer.status_code in (400, 403, 404, 405), answer.headers.get("location")
+    for path in ("/login/huggingface", "/login/callback?_target_url=https://evil.example"):
+        # CVE-2026-27167: there is no mocked sign-in that hands out the machine's own token.
+        answer = ana.client.get(path, follow_redirects=False)
+        assert answer.status_code == 404 and CANARY not in answer.text
+
+
+def test_a_file_that_a_visitor_names_is_not_read(app: App, ana: Visitor) -> None:
+    """Case 34. CVE-2024-51751, CVE-2024-47868: an upload is what was uploaded, not a path."""
+    upload = ana.find("upload", "upload")
+    for path in ("/etc/passwd", str(app.jobs / ".browser-secret"), str(app.log)):
+        given = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.txt"}
+        answer = ana.join(upload, {"upload": given}, ana.session)
+        text = answer.text
+        if answer.status_code == 200:
+            text = json.dumps(ana.listen(ana.session))
+            assert '"success": false' in text
+        assert "root:" not in text
+
+
+@pytest.mark.parametrize(("name", "kind"), [("x.html", "text/html"), ("x.svg", "image/svg+xml")])
+def test_an_uploaded_page_is_an_attachment(app: App, ana: Visitor, name: str, kind: str) -> None:
+    """Case 34. CVE-2024-47872: what was uploaded never runs as a page of ours."""
+    page = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    answer = ana.client.post("/gradio_api/upload", files={"files": (name, page, kind)})
+    (path,) = answer.json()
+    served = ana.client.get(f"/gradio_api/file={path}")
+    assert served.headers["content-disposition"].startswith("attachment")
+    assert "html" not in served.headers["content-type"] or "sandbox" in str(served.headers)
+    # CVE-2025-62727: a header of very many ranges is not worked through.
+    ranges = "bytes=" + ",".join(f"{i}-{i}" for i in range(5_000))
+    answer = ana.client.get(f"/gradio_api/file={path}", headers={"Range": ranges})
+    assert answer.status_code == 416
+
+
+def chunks(total: int) -> Iterator[bytes]:
+    for _ in range(total // 2**20):
+        yield bytes(2**20)
+
+
+def test_what_is_too_large_is_refused_and_not_kept(app: App, ana: Visitor) -> None:
+    """Cases 10 and 34. CVE-2024-47874, CVE-2025-54121: uploads and bodies without end."""
+    used = sum(path.stat().st_size for path in app.temporary.rglob("*") if path.is_file())
+    boundary = {"Content-Type": "multipart/form-data; boundary=b"}
+    for headers in (boundary, {"Content-Type": "application/json"}):
+        length = {"Content-Length": str(100 * 2**20)}
+        answer = send_head(app, headers | length, ana)
+        assert answer == 413
+    assert send_head(app, boundary, ana) == 411
+    body = b'{"data": "' + b"x" * (26 * 2**20) + b'"}'
+    answer = ana.client.post("/gradio_api/queue/join", content=iter([body]),
+                             headers={"Content-Type": "application/json"})  # fmt: skip
+    assert answer.status_code == 413
+    big = ("x.json", b" " * (17 * 2**20), "application/json")
+    assert ana.client.post("/gradio_api/upload", files={"files": big}).status_code == 413
+    now = sum(path.stat().st_size for path in app.temporary.rglob("*") if path.is_file())
+    assert now - used < 2**20
+
+
+def send_head(app: App, headers: dict[str, str], visitor: Visitor) -> int:
+    """Send the head of a POST alone; return the status that comes before any body."""
+    import http.client
+
+    connection = http.client.HTTPConnection(app.url.removeprefix("http://"), timeout=20)
+    path = "/gradio_api/upload" if "multipart" in str(headers) else "/gradio_api/queue/join"
+    connection.putrequest("POST", path)
+    cookies = "; ".join(f"{name}={value}" for name, value in visitor.client.cookies.items())
+    for name, value in (headers | {"Cookie": cookies}).items():
+        connection.putheader(name, value)
+    if "Content-Length" not in headers:
+        connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    try:
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_an_archive_is_no_prompt_file(app: App, ana: Visitor, tmp_path: Path) -> None:
+    """Case 10. A zip that would unpack outside, or to gigabytes, is never unpacked: it is no
+    text. CVE-2025-4517, CVE-2026-11940: no archive is ever opened."""
+    import zipfile
+
+    path = tmp_path / "prompts.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("../../outside.txt", "x")
+        file.writestr("zeros", bytes(10**7))
+    ana.call("bundled", "input", bundled="demo:middle")
+    sent = {"files": ("prompts.json", path.read_bytes(), "application/json")}
+    (kept,) = ana.client.post("/gradio_api/upload", files=sent).json()
+    given = {"path": kept, "meta": {"_type": "gradio.FileData"}, "orig_name": "prompts.json"}
+    shown = ana.call("upload", "upload", upload=given)
+    assert "not UTF-8" in shown["prompts-problem"]
+    assert not list(app.temporary.rglob("outside.txt"))
+
+
+def test_a_path_outside_and_a_path_that_is_not_there_are_told_alike(
+    app: App, ana: Visitor, tmp_path: Path
+) -> None:
+    """Case 34. The box for a folder tells nobody what else is on the machine."""
+    outside = app.jobs.parent / "private"
+    link = app.jobs.parent / "models" / "link"
+    if not link.is_symlink():
+        link.symlink_to(outside)
+    answers = {
+        ana.call("use-path", "click", path=path)["suspect-problem"]
+        for path in (str(outside), "../private", "/etc", "no-such", "link", "mine/../../private",
+                     "\0", "~root", "x" * 900, ".")
+    }  # fmt: skip
+    assert len(answers) == 1 and "no such model folder" in answers.pop()
+    assert ana.call("use-path", "click", path="mine")["suspect-problem"] == ""
+
+
+def test_what_an_app_leaves_behind_is_swept(tmp_path: Path) -> None:
+    """Case 28. A killed app leaves uploads and workers' homes; the next start removes them."""
+    folder = tmp_path / "app"
+    with running_app(folder, checkout=build_checkout(folder / "checkout")) as app:
+        visitor = Visitor(app)
+        visitor.jobs = app.jobs
+        job = app.jobs / begin_job(visitor, "sleep", "cf")
+        pid = wait_until(lambda: store.read_status(job).pid)
+        (job / ".partial-merged").mkdir()
+        (job / ".status.json.abc").touch()
+        (app.jobs / f".{'0' * 32}").mkdir()
+        (app.jobs / f".deleted-{'0' * 32}").mkdir()
+        app.process.send_signal(signal.SIGKILL)
+        app.process.wait()
+        wait_until(lambda: store.process_started(pid) is None)
+        assert list(app.temporary.glob("repair-app-*"))
+    with running_app(folder) as app:
+        assert store.read_status(job).state == "stopped"
+        left = [path.name for path in (*app.jobs.iterdir(), *job.iterdir()) if path.is_dir()]
+        assert left == [job.name]
+        assert not (job / ".status.json.abc").exists()
+        (cache,) = app.temporary.glob("repair-app-*")
+        assert str(app.process.pid) in cache.name
+    assert not list(app.temporary.glob("repair-*"))
+
+
+@pytest.mark.parametrize("name", UNSAFE_VARIABLES)
+def test_a_start_that_would_open_the_app_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(RepairError, match=f"{name} is set"):
+        check_start(parse_options([]))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])
+def test_an_address_that_others_reach_needs_accounts(host: str) -> None:
+    for name in UNSAFE_VARIABLES:
+        assert name not in os.environ
+    with pytest.raises(RepairError, match="accounts are needed"):
+        check_start(parse_options(["--host", host]))
