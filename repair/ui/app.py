@@ -145,7 +145,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check_start(
-    options: argparse.Namespace, space: Space | None
+    options: argparse.Namespace, space: Space | None = None
 ) -> list[tuple[str, str]] | None:
     """Return the accounts, if any; raise RepairError for a start that would not be safe."""
     allowed = SPACE_VARIABLES if space is not None else ()
