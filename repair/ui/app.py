@@ -24,7 +24,7 @@ from repair.ui.prompts import build_prompts
 from repair.ui.repair import build_repair
 from repair.ui.session import CHECKOUT, Selection, Settings, View
 from repair.ui.shell import Updates, build_shell, wire_shell
-from repair.ui.style import CSS, THEME
+from repair.ui.style import CSS, SCRIPT, THEME
 from repair.ui.suspect import build_suspect
 
 # Switches of Gradio that would open what this app keeps closed.
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
             show_error=False, allowed_paths=[], blocked_paths=[str(path) for path in blocked],
             max_file_size="16mb", strict_cors=True, enable_monitoring=False, run_history=False,
             mcp_server=False, footer_links=[], state_session_capacity=500, ssr_mode=False,
-            pwa=False, theme=THEME, css=CSS,
+            pwa=False, theme=THEME, css=CSS, js=SCRIPT,
         )  # fmt: skip
     return 0
 

@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from repair.ui.grid import PAGE_CSS
+from repair.ui.grid_script import PAGE_CSS
 
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.teal,
@@ -27,6 +27,17 @@ THEME = gr.themes.Base(
     button_cancel_text_color="white",
 )
 
+# The report is too long to be shown whole: it can be entered and scrolled, but not changed.
+# (Gradio has no such state, so its box is changed when it appears.)
+SCRIPT = """() => {
+  const open = () => document.querySelectorAll('#report textarea:disabled').forEach((box) => {
+    box.disabled = false;
+    box.readOnly = true;
+  });
+  new MutationObserver(open).observe(document.body, {childList: true, subtree: true});
+  open();
+}"""
+
 # One rule per percent: the bar is the box's background, so that its text stays text.
 _BARS = "".join(f".p{n} textarea{{--done:{n}%}}" for n in range(101))
 
@@ -40,7 +51,6 @@ CSS = (
 #facts { gap: 10px; }
 .fact textarea, .fact input { font-weight: 600; border: 0 !important; box-shadow: none !important;
   background: transparent !important; padding-left: 0 !important; text-overflow: ellipsis; }
-.fact textarea { field-sizing: content; height: auto !important; overflow: hidden !important; }
 .fact { border-left: 4px solid var(--border-color-primary) !important; }
 .verdict-good { border-left-color: #15803d !important; }
 .verdict-bad { border-left-color: #dc2626 !important; }
@@ -72,6 +82,17 @@ CSS = (
   unicode-bidi: plaintext; }
 #report textarea { font-family: var(--font-mono); font-size: 13px; }
 footer { display: none !important; }
+/* Whoever uses the keys sees where they are, in every kind of field: Gradio's own rules, which
+   take the outline away, are outweighed by the repeated name. */
+.gradio-container.gradio-container.gradio-container :focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+.gradio-container .virtual-table-viewport :focus-visible, .gradio-container div:focus-visible {
+  outline-offset: -2px; }
+.gradio-container label:has(input:is([type="radio"], [type="checkbox"]):focus-visible) {
+  outline: 2px solid var(--color-accent); outline-offset: 2px; }
+/* A box that cannot be entered cannot be scrolled by keys: it shows all that it holds. */
+.gradio-container textarea:disabled { field-sizing: content; height: auto !important;
+  max-height: none !important; overflow: hidden !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
 /* Wide tables scroll inside their own box; the page never does. */
 .gradio-container main { max-width: calc(100vw - 24px); }

@@ -1,0 +1,63 @@
+"""One browser, one app and its jobs folder for all browser tests."""
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from tests.browser.pages import REPOSITORY, find_chromium, free_port
+
+START_SECONDS = 30
+
+
+@pytest.fixture(scope="session")
+def jobs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared app's jobs folder: a job folder put here is a job of the local analyst."""
+    return tmp_path_factory.mktemp("app") / "jobs"
+
+
+@pytest.fixture(scope="session")
+def address(jobs_root: Path) -> Iterator[str]:
+    yield from serve(jobs_root)
+
+
+def serve(jobs_root: Path, *more: str) -> Iterator[str]:
+    """Run the app until the tests are done with it; its log must hold no traceback."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/"
+    path = jobs_root.parent / "app.log"
+    with open(path, "wb") as log:
+        app = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(jobs_root), *more],
+            cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=2).close()
+                break
+            except OSError:
+                assert app.poll() is None, path.read_text()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        yield url
+    finally:
+        app.terminate()
+        app.wait(timeout=20)
+    assert "Traceback" not in path.read_text()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
