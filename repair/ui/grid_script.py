@@ -67,7 +67,9 @@ function make(tag, attributes, text) {
 function makeCell(cell) {
   if (!cell.path) { return make('td', {role: 'gridcell', class: cell.kind}, cell.text); }
   const made = make('td', {role: 'gridcell', tabindex: -1, class: cell.kind,
-    'data-path': cell.path, 'aria-selected': 'false', 'aria-label': cell.label}, cell.text);
+    'data-path': cell.path, 'aria-selected': 'false',
+    'aria-label': `${cell.text}: ${cell.label}`}, cell.text);
+  made.words = cell.label;
   ['light', 'light_ink', 'dark', 'dark_ink'].forEach((name) => {
     if (cell[name]) { made.style.setProperty('--' + name.replace('_', '-'), cell[name]); }
   });
@@ -128,7 +130,7 @@ const isOn = (cell) => cell.getAttribute('aria-selected') === 'true';
 const panelOf = (place) => place.closest('table').dataset.panel;
 const placeOf = (target) => target.closest ? target.closest('[data-path], [data-line]') : null;
 function explain(place) {
-  if (place && place.dataset.path) { details.textContent = place.getAttribute('aria-label'); }
+  if (place && place.dataset.path) { details.textContent = place.words; }
 }
 function park(place) {
   const table = place.closest('table');

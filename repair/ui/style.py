@@ -17,6 +17,8 @@ THEME = gr.themes.Base(
     button_primary_background_fill_hover_dark="*primary_600",
     button_primary_text_color="white",
     block_label_text_weight="500",
+    body_text_color_subdued="*neutral_600",  # hints are read, too: 7.6 to 1 on white
+    body_text_color_subdued_dark="*neutral_400",
     button_large_text_size="*text_md",
     button_large_text_weight="500",
     button_large_padding="9px 16px",
@@ -43,7 +45,10 @@ _BARS = "".join(f".p{n} textarea{{--done:{n}%}}" for n in range(101))
 
 CSS = (
     """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+/* Gradio's accent has one value for both themes, too light to be read on white. */
+.gradio-container { --color-accent: #0f766e; max-width: 1180px !important;
+  margin: 0 auto !important; }
+.dark .gradio-container { --color-accent: #2dd4bf; }
 #title h1 { font-size: 20px; font-weight: 600; margin: 4px 0 0; }
 .lead h2 { font-size: 19px; font-weight: 600; margin: 10px 0 4px; }
 .empty { color: var(--body-text-color-subdued); max-width: 68ch; }
@@ -95,11 +100,13 @@ footer { display: none !important; }
   max-height: none !important; overflow: hidden !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
 /* Wide tables scroll inside their own box; the page never does. */
-.gradio-container main { max-width: calc(100vw - 24px); }
+.gradio-container main { max-width: calc(100vw - 64px); }
 #samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns {
   max-width: calc(100vw - 64px); overflow-x: auto; }
 #by-role, #by-head, #tried-answers { max-width: calc(100vw - 104px); overflow-x: auto; }
 @media (max-width: 640px) {
+  .gradio-container .app { padding: 12px !important; }
+  .gradio-container main { max-width: calc(100vw - 24px); }
   #facts .form { display: grid !important; grid-template-columns: 1fr 1fr; }
   #facts .form > * { min-width: 0 !important; }
 }

@@ -48,7 +48,14 @@ def take_shot(page: Page, name: str) -> None:
     SHOTS.mkdir(exist_ok=True)
     page.wait_for_timeout(400)
     page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+    check_width(page, name)
+
+
+def check_width(page: Page, name: str) -> None:
+    """The page never scrolls sideways."""
+    assert page.evaluate(
+        "document.documentElement.scrollWidth <= window.innerWidth + 1"
+    ), f"{name}: the page is wider than its window"
 
 
 def field(page: Page, selector: str) -> Locator:
