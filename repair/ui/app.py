@@ -16,6 +16,7 @@ import gradio as gr
 
 from repair.jobs.supervisor import Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
+from repair.ui.api import build_api, is_offered
 from repair.ui.cases import build_cases
 from repair.ui.compare import build_compare
 from repair.ui.export import build_export
@@ -49,6 +50,9 @@ def build_app(settings: Settings, *, storage_secret: str) -> gr.Blocks:
     with gr.Blocks(
         title="Backdoor repair", analytics_enabled=False, delete_cache=(600, 3600)
     ) as demo:
+        if is_offered():
+            # First, since a listener of the same name would take the endpoint's name.
+            build_api(settings)
         gr.Markdown("# Backdoor repair", elem_id="title")
         shell = build_shell(settings, storage_secret=storage_secret)
         tabs = {}
@@ -173,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         has_accounts=accounts is not None,
     )
     demo = build_app(settings, storage_secret=read_secret(jobs_root))
+    # Not open: what can be called is called through the queue, as gradio_client does.
     demo.queue(max_size=32, default_concurrency_limit=8, api_open=False)
     blocked = [jobs_root, *([settings.models_root] if settings.models_root else [])]
     with contextlib.suppress(KeyboardInterrupt):

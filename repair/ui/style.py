@@ -99,6 +99,7 @@ footer { display: none !important; }
 .gradio-container textarea:disabled { field-sizing: content; height: auto !important;
   max-height: none !important; overflow: hidden !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
+#mirror [data-testid="checkbox-group"] { max-height: 340px; overflow: auto; padding: 3px; }
 /* Wide tables scroll inside their own box; the page never does. */
 .gradio-container main { max-width: calc(100vw - 64px); }
 #samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns {

@@ -1,5 +1,6 @@
 """One browser, one app and its jobs folder for all browser tests."""
 
+import json
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from playwright.sync_api import Browser, sync_playwright
 from tests.browser.pages import REPOSITORY, find_chromium, free_port
 
 START_SECONDS = 30
+ACCOUNTS = {"ana": "the password of ana", "ben": "the password of ben"}
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +26,20 @@ def jobs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def address(jobs_root: Path) -> Iterator[str]:
     yield from serve(jobs_root)
+
+
+@pytest.fixture(scope="session")
+def guarded_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guarded") / "jobs"
+
+
+@pytest.fixture(scope="session")
+def guarded(guarded_root: Path) -> Iterator[str]:
+    """An app with accounts: those of `ACCOUNTS`."""
+    path = guarded_root.parent / "accounts.json"
+    path.write_text(json.dumps(ACCOUNTS))
+    path.chmod(0o600)
+    yield from serve(guarded_root, "--auth-file", str(path))
 
 
 def serve(jobs_root: Path, *more: str) -> Iterator[str]:

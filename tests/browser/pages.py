@@ -24,7 +24,12 @@ def find_chromium() -> str | None:
 
 
 def open_page(
-    browser: Browser | BrowserContext, url: str, problems: list[str], **options: object
+    browser: Browser | BrowserContext,
+    url: str,
+    problems: list[str],
+    *,
+    account: tuple[str, str] | None = None,
+    **options: object,
 ) -> Page:
     """Open a page that notes console errors and requests that leave the machine."""
     page = browser.new_page(**options)
@@ -40,6 +45,10 @@ def open_page(
         lambda message: problems.append(message.text) if message.type == "error" else None,
     )
     page.goto(url)
+    if account is not None:
+        page.get_by_label("username").fill(account[0])
+        page.get_by_label("password").fill(account[1])
+        page.get_by_role("button", name="Login").click()
     expect(page.locator("#bundled")).to_be_visible(timeout=20_000)
     return page
 
