@@ -102,7 +102,8 @@ footer { display: none !important; }
 #mirror [data-testid="checkbox-group"] { max-height: 340px; overflow: auto; padding: 3px; }
 /* Wide tables scroll inside their own box; the page never does. */
 .gradio-container main { max-width: calc(100vw - 64px); }
-#samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns {
+#samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns,
+#attempts {
   max-width: calc(100vw - 64px); overflow-x: auto; }
 #by-role, #by-head, #tried-answers { max-width: calc(100vw - 104px); overflow-x: auto; }
 @media (max-width: 640px) {
