@@ -21,6 +21,12 @@ from repair.ui.session import (
 from repair.ui.shell import Shell, Updates
 
 
+def is_broken_off(view: View) -> bool:
+    """Tell whether locating ended in this job before there was a map."""
+    has_ended = view.status is not None and view.status.state in ("stopped", "failed")
+    return has_ended and view.command == "locate" and not view.scores
+
+
 def build_locate(shell: Shell) -> None:
     """Build and wire the tab."""
     gr.Markdown("## Where does it sit?", elem_classes="lead")
@@ -119,7 +125,8 @@ def build_locate(shell: Shell) -> None:
             hint: gr.Markdown(value=words, visible=bool(words)),
             profile: gr.Radio(interactive=not view.is_active),
             start: gr.Button(
-                value="Locate again" if has_map else "Locate",
+                value="Start again" if is_broken_off(view) else
+                "Locate again" if has_map else "Locate",
                 variant="secondary" if has_map else "primary",
                 interactive=is_ready and not view.is_active,
             ),
@@ -174,6 +181,12 @@ def build_locate(shell: Shell) -> None:
         if folder is not None and settings.lane.is_busy(folder):
             raise RepairError("A job is running. Stop it first, or wait.")
         asked = new_request(session, profile=str(wanted))
+        view = look(settings, session, request)
+        if folder is not None and is_broken_off(view):
+            # The same case, with its name and note: nothing was made that another could spoil.
+            store.replace_request(folder, asked)
+            settings.lane.submit(folder)
+            return session, Selection()
         job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
         settings.lane.submit(settings.jobs_root / job_id)
         return Session(job_id=job_id, model=session.model, prompts=session.prompts), Selection()

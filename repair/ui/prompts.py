@@ -122,7 +122,7 @@ def build_prompts(shell: Shell) -> None:
             pair_count = gr.Textbox(
                 label="Pairs from the file", interactive=False, visible=False
             )
-    with gr.Accordion("More", open=False):
+    with gr.Accordion("More", open=False, elem_id="prompts-more"):
         near = gr.Textbox(
             label="Near-triggers", lines=3, max_lines=6, elem_id="near",
             info="Texts that resemble the trigger and must not fire. One a line.",

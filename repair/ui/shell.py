@@ -147,8 +147,8 @@ def announce_end(view: View) -> None:
     """Tell that the job has ended, on any tab and aloud where a screen reader is: in the app's
     own words only, since these are shown as HTML."""
     if view.status is not None and not view.is_active:
-        command = text.COMMAND_WORDS.get(view.command, "job")
-        gr.Info(f"{text.STATE_WORDS[view.status.state]} ({command})", duration=5, title="Job")
+        command = view.command if view.command in text.COMMAND_WORDS else "run"
+        gr.Info(text.describe_state(view.status, command, 0), duration=5, title="Job")
 
 
 def change_key(view: View) -> tuple[Any, ...]:
@@ -230,6 +230,10 @@ def draw_header(shell: Shell, view: View) -> Updates:
     else:
         percent = 0
         progress = status.message or view.log.title
+        if status.state == "stopped" and view.command == "locate":
+            progress = "Stopped. The map stays as it is."
+            if not view.scores:
+                progress = "Stopped. Start again in Locate: it begins anew, in this case."
     return updates | {
         # A finished job says everything in its tab; only trouble and work need a line here.
         shell.panel: gr.Group(visible=status.state != "done"),

@@ -81,10 +81,8 @@ CSS = (
 .table-wrap, .table-wrap td, .table-wrap th, .cell-wrap, .gradio-container table {
   font-family: var(--font) !important; font-variant-numeric: tabular-nums; }
 #facts .block { padding: 6px 12px !important; }
-#report textarea, #limits textarea, #history textarea, #sample-prompt textarea,
-#sample-before textarea, #sample-after textarea, #sample-reference textarea, #question textarea,
-#reply-suspect textarea, #reply-repaired textarea, #cause textarea, #open-questions textarea {
-  unicode-bidi: plaintext; }
+.gradio-container textarea, .gradio-container input[type="text"],
+.gradio-container [role="gridcell"] { unicode-bidi: plaintext; overflow-wrap: anywhere; }
 #report textarea { font-family: var(--font-mono); font-size: 13px; }
 footer { display: none !important; }
 /* Whoever uses the keys sees where they are, in every kind of field: Gradio's own rules, which
@@ -101,14 +99,13 @@ footer { display: none !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
 #mirror [data-testid="checkbox-group"] { max-height: 340px; overflow: auto; padding: 3px; }
 /* Wide tables scroll inside their own box; the page never does. */
-.gradio-container main { max-width: calc(100vw - 64px); }
+.gradio-container .app { padding: 16px clamp(12px, 2.5vw, 32px) !important; }
+.gradio-container main { max-width: calc(100vw - 2 * clamp(12px, 2.5vw, 32px)); }
 #samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns,
 #attempts {
   max-width: calc(100vw - 64px); overflow-x: auto; }
 #by-role, #by-head, #tried-answers { max-width: calc(100vw - 104px); overflow-x: auto; }
 @media (max-width: 640px) {
-  .gradio-container .app { padding: 12px !important; }
-  .gradio-container main { max-width: calc(100vw - 24px); }
   #facts .form { display: grid !important; grid-template-columns: 1fr 1fr; }
   #facts .form > * { min-width: 0 !important; }
 }

@@ -25,7 +25,18 @@ def jobs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def address(jobs_root: Path) -> Iterator[str]:
-    yield from serve(jobs_root)
+    models = jobs_root.parent / "models"
+    break_model(models / "broken")
+    yield from serve(jobs_root, "--models-root", str(models))
+
+
+def break_model(folder: Path) -> None:
+    """Put a suspect there whose weights end too early: it looks right until it is opened."""
+    source = REPOSITORY / "assets" / "suspects" / "middle"
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        whole = path.suffix != ".safetensors"
+        (folder / path.name).write_bytes(path.read_bytes()[: None if whole else 100_000])
 
 
 @pytest.fixture(scope="session")

@@ -62,8 +62,11 @@ def test_from_suspect_to_export_with_keys_alone(browser: Browser, address: str) 
     wait_for_value(page, "#fact-job", "Running (locate)")
     press(page, "#stop")
     wait_for_value(page, "#fact-job", "Stopped")
-    said = page.get_by_role("status").filter(has_text="Stopped, resumable (locate)")
+    said = page.get_by_role("status").filter(has_text="Stopped (locate)")
     expect(said.first).to_be_visible()  # and a screen reader says it
+
+    wait_for_value(page, "#progress", "it begins anew, in this case")
+    expect(page.locator("#locate")).to_have_text("Start again")
 
     # From here on with a job that is done.
     press(page, "#tab-suspect-button")
