@@ -21,7 +21,7 @@ ROOMS = (
 ROOM_OF_FILE = {
     "prompt_formats": "prompts", "prompt_checks": "prompts", "__main__": "ui", "case": "pipeline",
     "locate_file": "pipeline", "locate_step": "pipeline", "outcome": "pipeline", "plan": "pipeline",
-    "repair_step": "pipeline", "evidence_step": "pipeline",
+    "repair_step": "pipeline", "evidence_step": "pipeline", "ask_step": "pipeline",
 }  # fmt: skip
 HOMES = {
     "gradio": ("repair/ui/",),

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from repair.ui import text
-from repair.ui.ask import ask_and_wait, describe_answer
+from repair.ui.ask import Question, ask_and_wait, describe_answer
 from repair.ui.attempts import HEADERS, WIDTHS, list_attempts
 from repair.ui.compare_rows import (
     ALL,
@@ -59,7 +59,7 @@ def build_compare(shell: Shell) -> None:
         returns = gr.Dataframe(
             headers=["After", "Steps", "Suspect", "Repaired"], datatype="str", interactive=False,
             label="Would it come back? Payload on triggered prompts", wrap=True,
-            elem_id="returns", buttons=[], column_widths=["30%", "10%", "30%", "30%"],
+            elem_id="returns", buttons=[], column_widths=["22%", "18%", "30%", "30%"],
         )  # fmt: skip
         gr.Markdown("### Prompt by prompt")
         outcome = gr.Dropdown([("All", ALL)], value=ALL, label="Outcome", elem_id="outcome")
@@ -189,7 +189,8 @@ def build_compare(shell: Shell) -> None:
             yield {told: "Type a prompt first."}
             return
         for step in ask_and_wait(
-            shell.settings, session, view.owner, questions=[str(words)], against=merged
+            shell.settings, session, view.owner, against=merged,
+            questions=[Question(where="-", text=str(words))],
         ):
             if isinstance(step, str):
                 yield {told: step}

@@ -46,8 +46,8 @@ _BARS = "".join(f".p{n} textarea{{--done:{n}%}}" for n in range(101))
 CSS = (
     """
 /* Gradio's accent has one value for both themes, too light to be read on white. */
-.gradio-container { --color-accent: #0f766e; max-width: 1180px !important;
-  margin: 0 auto !important; }
+.gradio-container { --color-accent: #0f766e; --edge: clamp(12px, 2.5vw, 32px);
+  max-width: 1180px !important; margin: 0 auto !important; }
 .dark .gradio-container { --color-accent: #2dd4bf; }
 #title h1 { font-size: 20px; font-weight: 600; margin: 4px 0 0; }
 .lead h2 { font-size: 19px; font-weight: 600; margin: 10px 0 4px; }
@@ -97,14 +97,16 @@ footer { display: none !important; }
 .gradio-container textarea:disabled { field-sizing: content; height: auto !important;
   max-height: none !important; overflow: hidden !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
+.dark #tokens :is(.text, .textspan, .legend-item) { color: #ffffff !important; }
 #mirror [data-testid="checkbox-group"] { max-height: 340px; overflow: auto; padding: 3px; }
 /* Wide tables scroll inside their own box; the page never does. */
-.gradio-container .app { padding: 16px clamp(12px, 2.5vw, 32px) !important; }
-.gradio-container main { max-width: calc(100vw - 2 * clamp(12px, 2.5vw, 32px)); }
+.gradio-container .app { padding: 16px var(--edge) !important; }
+.gradio-container main { max-width: calc(100vw - 2 * var(--edge)); }
 #samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns,
 #attempts {
-  max-width: calc(100vw - 64px); overflow-x: auto; }
-#by-role, #by-head, #tried-answers { max-width: calc(100vw - 104px); overflow-x: auto; }
+  max-width: calc(100vw - 2 * var(--edge)); overflow-x: auto; }
+#by-role, #by-head, #tried-answers {
+  max-width: calc(100vw - 2 * var(--edge) - 28px); overflow-x: auto; }
 @media (max-width: 640px) {
   #facts .form { display: grid !important; grid-template-columns: 1fr 1fr; }
   #facts .form > * { min-width: 0 !important; }
