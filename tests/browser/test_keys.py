@@ -9,7 +9,7 @@ from tests.browser.pages import field, open_page, take_shot, value_of, wait_for_
 
 MAX_STOPS = 90
 # The focus is seen by an outline, or by a shadow drawn in its place.
-SEEN = """() => {
+SEEN = """(wanted) => {
   const at = document.activeElement;
   if (!at || at === document.body) { return null; }
   const marked = [at, at.closest('label'), at.closest('.wrap')].filter(Boolean);
@@ -20,7 +20,8 @@ SEEN = """() => {
   });
   const place = at.getBoundingClientRect();
   const name = `${at.tagName} in ${at.closest('[id]')?.id}: ${at.innerText || at.value}`;
-  return [name.slice(0, 80), is_marked && place.width > 0 && place.height > 0];
+  const is_seen = is_marked && place.width > 0 && place.height > 0;
+  return [name.slice(0, 80), is_seen, !!at.closest(wanted)];
 }"""
 
 
@@ -29,13 +30,13 @@ def tab_to(page: Page, selector: str, key: str = "Tab") -> None:
     passed = []
     for _ in range(MAX_STOPS):
         page.keyboard.press(key)
-        stop = page.evaluate(SEEN)
+        stop = page.evaluate(SEEN, selector)
         passed.append(stop)
         if stop is None:
             continue  # the browser's own bar, on the way round
-        name, is_seen = stop
+        name, is_seen, is_there = stop
         assert is_seen, f"the focus cannot be seen on {name}"
-        if page.evaluate("(wanted) => !!document.activeElement.closest(wanted)", selector):
+        if is_there:
             return
     raise AssertionError(f"{selector} is not reached; stops: {passed}")
 

@@ -80,6 +80,12 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     take_shot(page, "4_stopped")
     expect(page.locator("#start")).to_have_text("Go on with the repair")
     page.click("#start")
+    # A reload in the middle of a repair comes back to it, and loses nothing of it.
+    wait_for_value(page, "#fact-job", "Running (repair)")
+    forget_reload(page, problems)
+    wait_for_value(page, "#fact-job", "Running (repair)")
+    expect(page.locator("#start")).to_be_disabled()
+    assert page.locator("#plan textarea").input_value().startswith("Changes ")
     expect(page.locator("#curves")).to_be_visible(timeout=JOB_SECONDS * 1000)
     take_shot(page, "4_repair_running")
     expect(page.locator("#to-compare")).to_be_visible(timeout=JOB_SECONDS * 1000)
