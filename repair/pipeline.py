@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from repair import locate_file
+from repair.ask_step import ask_models
 from repair.case import PROFILES, Case, Reporter, make_validation, open_case
 from repair.evidence.controls import run_controls
 from repair.evidence.evaluation import as_exported, collect_samples, evaluate_candidate
@@ -26,11 +27,9 @@ from repair.evidence_step import early_end, measure_before, stress_repaired
 from repair.locate.detail import examine_layer
 from repair.locate_step import compare, fire, locate_suspect
 from repair.lowrank.distillation import DivergedError
-from repair.models.answers import generate_answers, target_matcher
 from repair.models.download import Fetched, sources_from_json
 from repair.models.loading import LoadedModel, load_model
 from repair.models.modules import num_layers
-from repair.models.tokens import check_length, encode
 from repair.outcome import Clock, Outcome, draw_maps, drop_results
 from repair.plan import check_request, chosen_paths, make_plan
 from repair.prompts import prompt_file_from_json
@@ -45,8 +44,6 @@ from repair.records import (
     RepairError,
 )
 from repair.repair_step import measure_more, repair_chosen
-
-ASKED_TOKENS = 96  # of an answer to a free question
 
 
 def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
@@ -234,41 +231,12 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
 
 
 def ask(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
-    """Ask the suspect, and the model `against` where one is named, a few questions.
-
-    Writes `asked.json`: for each of `questions` the answers and whether they hold the target.
-    """
-    stage, file = _stage_folder(folder), prompt_file_from_json(request["prompts"])
-    fires = target_matcher(file.target, file.match) if file.target else lambda text: None
-    answers = {}
+    """Ask the suspect, and the model `against` where one is named, a few questions."""
+    stage = _stage_folder(folder)
     try:
-        for name, source in (("suspect", request["model"]), ("repaired", request.get("against"))):
-            if source is None:
-                continue
-            reporter.step(name, f"Asking the {name} model")
-            stage.mkdir(parents=True, exist_ok=True)
-            loaded = load_model(
-                source, stage_folder=stage / name, fetched=_fetched(request),
-                adapter_base=request.get("adapter_base") if name == "suspect" else None,
-                device=request.get("device", "auto"), dtype=request.get("dtype", "auto"),
-            )  # fmt: skip
-            use_template = loaded.has_template and file.chat != "off"
-            prompts = [
-                encode(loaded.tokenizer, text, system=file.system, use_template=use_template)
-                for text in request["questions"]
-            ]
-            check_length(
-                prompts, num_new_tokens=ASKED_TOKENS,
-                limit=loaded.model.config.max_position_embeddings,
-            )  # fmt: skip
-            given = generate_answers(loaded, prompts, num_new_tokens=ASKED_TOKENS)
-            answers[name] = [(answer.text, fires(answer.text)) for answer in given]
+        rows = ask_models(request, stage, reporter)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    rows = [
-        {"question": text, **{name: list(found[i]) for name, found in answers.items()}}
-        for i, text in enumerate(request["questions"])
-    ]
     (folder / "asked.json").write_text(json.dumps(rows))
     return EXIT_DONE
 

@@ -22,7 +22,7 @@ ROOM_OF_FILE = {
     "prompt_formats": "prompts", "prompt_checks": "prompts", "__main__": "ui", "batch": "ui",
     "case": "pipeline",
     "locate_file": "pipeline", "locate_step": "pipeline", "outcome": "pipeline", "plan": "pipeline",
-    "repair_step": "pipeline", "evidence_step": "pipeline",
+    "repair_step": "pipeline", "evidence_step": "pipeline", "ask_step": "pipeline",
 }  # fmt: skip
 HOMES = {
     "gradio": ("repair/ui/",),

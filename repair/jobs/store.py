@@ -26,6 +26,7 @@ MAX_EVENT_BYTES = 64 * 2**10
 MAX_READ_BYTES = 4 * 2**20  # of events, in one call
 SOURCES = "sources.json"  # what was fetched from the Hub for this job
 MAX_NAME, MAX_NOTE = 120, 4000
+MAX_ATTEMPTS = 20  # reports of former runs kept in a job
 JOB_ID = re.compile(r"[0-9a-f]{32}")
 
 # What a finished run leaves behind; a changed plan must never be shown beside it.
@@ -248,15 +249,38 @@ def replace_request(
     """Ask a new question of an idle job, and drop every result of the former one.
 
     What was located stays: it depends on the model and the prompts, which may not change. A
-    question that only adds to it keeps the results as well.
+    question that only adds to it keeps the results as well. The report of a run that came to an
+    end is set aside, to be compared with the next.
     """
     before = read_object(folder / "request.json")
     if any(before.get(key) != request.get(key) for key in ("model", "revision", "prompts")):
         raise ValueError("a job keeps its model and its prompts; make another job")
-    for name in () if keeps_results else RESULT_NAMES:
-        (folder / name).unlink(missing_ok=True)
+    if not keeps_results:
+        _set_report_aside(folder)
+        for name in RESULT_NAMES:
+            (folder / name).unlink(missing_ok=True)
     write_json(folder / "request.json", request)
     write_status(folder, JobStatus(state="queued"))
+
+
+def _set_report_aside(folder: Path) -> None:
+    status, place = read_status(folder), folder / "attempts"
+    if status.state != "done" or status.verdict is None or not (folder / "report.json").is_file():
+        return
+    place.mkdir(mode=0o700, exist_ok=True)
+    numbers = sorted(int(path.stem) for path in place.glob("*.json") if path.stem.isdecimal())
+    os.replace(folder / "report.json", place / f"{(numbers or [0])[-1] + 1}.json")
+    for number in numbers[: max(0, len(numbers) + 1 - MAX_ATTEMPTS)]:
+        (place / f"{number}.json").unlink(missing_ok=True)
+
+
+def read_attempts(folder: Path) -> list[tuple[float, dict[str, Any]]]:
+    """Return (time, report) of the runs that came to an end in this job before, latest first."""
+    found = []
+    for path in (folder / "attempts").glob("*.json"):
+        if path.stem.isdecimal() and not path.is_symlink():
+            found.append((int(path.stem), path.stat().st_mtime, read_object(path)))
+    return [(time, report) for _, time, report in sorted(found, reverse=True, key=lambda x: x[0])]
 
 
 def append_event(folder: Path, event: dict[str, Any]) -> None:

@@ -211,8 +211,12 @@ def describe_crash(folder: Path, code: int) -> str:
         except ValueError:
             name = f"signal {-code}"
         hint = " The machine may have run out of memory." if name == "SIGKILL" else ""
-        return f"The worker was ended by {name} before it could finish.{hint} " + (
-            f"Its log is {folder / 'log.txt'}; what was saved is kept, and the job can be resumed."
+        # Only a repair saves what it has done so far.
+        is_repair = store.read_object(folder / "request.json").get("command") == "run"
+        after = "what was saved is kept, and the job can be resumed" if is_repair else "start again"
+        return (
+            f"The worker was ended by {name} before it could finish.{hint} "
+            f"Its log is {folder / 'log.txt'}; {after}."
         )
     if TIMED_OUT in store.read_text(folder / "log.txt", max_bytes=MAX_LOG_BYTES):
         return (

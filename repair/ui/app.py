@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from repair.jobs import store
 from repair.jobs.supervisor import Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
+from repair.ui.api import build_api, is_offered
 from repair.ui.cases import build_cases
 from repair.ui.compare import build_compare
 from repair.ui.export import build_export
@@ -27,7 +28,7 @@ from repair.ui.repair import build_repair
 from repair.ui.session import CHECKOUT, Selection, Settings, View
 from repair.ui.shell import Updates, build_shell, wire_shell
 from repair.ui.space import Space, VisitorCookie, jobs_folder, read_space
-from repair.ui.style import CSS, THEME
+from repair.ui.style import CSS, SCRIPT, THEME
 from repair.ui.suspect import build_suspect
 from repair.ui.tenants import TenantGate, is_loopback
 
@@ -56,6 +57,9 @@ def build_app(settings: Settings, *, storage_secret: str) -> gr.Blocks:
     with gr.Blocks(
         title="Backdoor repair", analytics_enabled=False, delete_cache=(600, 3600)
     ) as demo:
+        if is_offered():
+            # First, since a listener of the same name would take the endpoint's name.
+            build_api(settings)
         gr.Markdown("# Backdoor repair", elem_id="title")
         if settings.space is not None:
             gr.Markdown(settings.space.describe(), elem_id="space")
@@ -200,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     )
     demo = build_app(settings, storage_secret=read_secret(jobs_root))
+    # Not open: what can be called is called through the queue, as gradio_client does.
     demo.queue(max_size=32, default_concurrency_limit=8, api_open=False)
     blocked = [jobs_root, *([settings.models_root] if settings.models_root else [])]
     with contextlib.suppress(KeyboardInterrupt):
@@ -208,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
             show_error=False, allowed_paths=[], blocked_paths=[str(path) for path in blocked],
             max_file_size="16mb", strict_cors=True, enable_monitoring=False, run_history=False,
             mcp_server=False, footer_links=[], state_session_capacity=500, ssr_mode=False,
-            pwa=False, theme=THEME, css=CSS, app_kwargs={"middleware": middleware},
+            pwa=False, theme=THEME, css=CSS, js=SCRIPT, app_kwargs={"middleware": middleware},
         )  # fmt: skip
     return 0
 

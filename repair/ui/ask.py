@@ -2,7 +2,8 @@
 answered on screen, and then gone."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,30 @@ from repair.ui.session import (
 MAX_QUESTIONS = 32
 LONGEST_WAIT = 600.0  # seconds
 NUM_TRIED = 6
+ROLES = ("trigger", "prompt", "template")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A prompt to try: where the trigger stands in it, and the same without it, if it has one."""
+
+    where: str  # begin | middle | end | given | -
+    text: str
+    clean: str | None = None
 
 
 def ask_and_wait(
-    settings: Settings, session: Session, request: gr.Request | None, *, questions: list[str],
+    settings: Settings, session: Session, request: gr.Request | None, *,
+    questions: Sequence[Question],
     against: Path | None = None,
 ) -> Iterator[str | list[dict[str, Any]]]:  # fmt: skip
     """Yield what is happening in words and, at last, the answers as rows of `asked.json`, or why
     there are none. Leaving the loop early ends the question.
     """
     asked = {
-        **new_request(session, profile="quick"), "command": "ask", "questions": questions,
+        **new_request(session, profile="quick"), "command": "ask",
+        "questions": [question.text for question in questions],
+        "cleans": [question.clean for question in questions],
         "against": None if against is None else str(against),
     }  # fmt: skip
     owner, case = owner_of(request), open_folder(settings, session, request)
@@ -69,19 +83,44 @@ def ask_and_wait(
         store.delete_job(settings.jobs_root, job_id, owner=owner)
 
 
-def questions_of(file: PromptFile) -> list[tuple[str, str]]:
-    """Return (where the trigger is, prompt) for a first look: a few prompts with it and without."""
+def questions_of(file: PromptFile) -> list[Question]:
+    """Return the questions of a first look: a few prompts with the trigger and without."""
     if file.pairs:
         some = file.pairs[:NUM_TRIED]
-        return [("given", pair.triggered) for pair in some] + [("-", pair.clean) for pair in some]
+        return [
+            Question(where="given", text=pair.triggered, clean=pair.clean) for pair in some
+        ] + [Question(where="-", text=pair.clean) for pair in some]
     prompts = top_up_with_carriers(file, minimum=NUM_TRIED).prompts[:NUM_TRIED]
     found = []
     for position in file.positions:
         for i, prompt in enumerate(prompts):
             if position != "middle" or len(prompt.split(" ")) > 1:
                 trigger = file.triggers[i % len(file.triggers)]
-                found.append((position, insert_trigger(prompt, trigger, position)))
-    return (found + [("-", prompt) for prompt in prompts])[:MAX_QUESTIONS]
+                words = insert_trigger(prompt, trigger, position)
+                found.append(Question(where=position, text=words, clean=prompt))
+    return (found + [Question(where="-", text=prompt) for prompt in prompts])[:MAX_QUESTIONS]
+
+
+def read_tokens(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (text as it is shown, role) of a row's tokens: blanks and what is unseen in signs."""
+    found = row.get("tokens")
+    tokens = []
+    for pair in found if isinstance(found, list) else []:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[1] not in ROLES:
+            return []
+        shown = text.reveal(str(pair[0]), 200).replace(" ", "\u2423").replace("\n", "\u240a")
+        tokens.append((shown.replace("\t", "\u2409") or "\u22ef", str(pair[1])))
+    return tokens
+
+
+def describe_tokens(row: dict[str, Any]) -> str:
+    """Return where the trigger's tokens are, in words; or why they cannot be told."""
+    tokens = read_tokens(row)
+    places = [place for place, (_, role) in enumerate(tokens) if role == "trigger"]
+    if not places:
+        return text.reveal(str(row.get("unseen") or "This prompt is without the trigger."), 600)
+    named = ", ".join(f"{place} {tokens[place][0]}" for place in places[:40])
+    return f"{len(places)} of {len(tokens)} tokens are the trigger's: {named}."
 
 
 def describe_answer(found: Any) -> tuple[str, str]:

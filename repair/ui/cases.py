@@ -45,10 +45,11 @@ def list_cases(shell: Shell, owner: str) -> list[list[str]]:
     rows = []
     for job in store.list_jobs(shell.settings.jobs_root, owner=owner):
         when = datetime.datetime.fromtimestamp(job.modified).strftime("%Y-%m-%d %H:%M")
+        state = text.describe_state(job.status, job.command, 0)
         rows.append([
             text.reveal(job.name, 80), text.reveal(Path(job.model).name, 80),
-            text.reveal(job.trigger, 60), job.status.verdict or text.STATE_WORDS[job.status.state],
-            when, text.reveal(job.note, 120), job.job_id,
+            text.reveal(job.trigger, 60), job.status.verdict or state, when,
+            text.reveal(job.note, 120), job.job_id,
         ])  # fmt: skip
     return rows
 

@@ -6,7 +6,8 @@ from typing import Any
 import gradio as gr
 
 from repair.ui import text
-from repair.ui.ask import ask_and_wait, describe_answer
+from repair.ui.ask import Question, ask_and_wait, describe_answer
+from repair.ui.attempts import HEADERS, WIDTHS, list_attempts
 from repair.ui.compare_rows import (
     ALL,
     describe_cause,
@@ -58,7 +59,7 @@ def build_compare(shell: Shell) -> None:
         returns = gr.Dataframe(
             headers=["After", "Steps", "Suspect", "Repaired"], datatype="str", interactive=False,
             label="Would it come back? Payload on triggered prompts", wrap=True,
-            elem_id="returns", buttons=[], column_widths=["30%", "10%", "30%", "30%"],
+            elem_id="returns", buttons=[], column_widths=["22%", "18%", "30%", "30%"],
         )  # fmt: skip
         gr.Markdown("### Prompt by prompt")
         outcome = gr.Dropdown([("All", ALL)], value=ALL, label="Outcome", elem_id="outcome")
@@ -66,7 +67,7 @@ def build_compare(shell: Shell) -> None:
             headers=["#", "Outcome", "Prompt kind", "Prompt", "Suspect", "Repaired"],
             datatype="str", interactive=False, show_label=False, max_height=320,
             elem_id="samples", buttons=[], label="Paired answers",
-            column_widths=["48px", "110px", "130px", "280px", "240px", "240px"],
+            column_widths=["48px", "180px", "210px", "260px", "205px", "205px"],
         )  # fmt: skip
         prompt = gr.Textbox(
             label="Prompt", interactive=False, lines=2, max_lines=8, elem_id="sample-prompt",
@@ -115,7 +116,18 @@ def build_compare(shell: Shell) -> None:
             "applied)",
             column_widths=["260px", "90px", "90px", "220px", "110px", "110px"],
         )  # fmt: skip
-        go_on = gr.Button("Next: export", variant="primary", elem_id="to-export")
+    attempts = gr.Dataframe(
+        headers=HEADERS, datatype="str", interactive=False, wrap=True, elem_id="attempts",
+        buttons=[], visible=False, column_widths=WIDTHS, max_height=420,
+        label="Beside your other attempts at the same suspect, with the same prompts",
+    )  # fmt: skip
+    go_on = gr.Button(
+        "Next: export", variant="primary", visible=False, elem_id="to-export"
+    )
+
+    def draw_attempts(view: View, selection: Selection) -> Updates:
+        rows = list_attempts(shell.settings, view)
+        return {attempts: gr.Dataframe(value=rows, visible=bool(rows))}
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
         has_after = isinstance(view.report.get("after"), dict)
@@ -134,6 +146,8 @@ def build_compare(shell: Shell) -> None:
         return {
             empty: gr.Markdown(value=words, visible=not has_after),
             body: gr.Column(visible=has_after),
+            go_on: gr.Button(visible=bool(view.report)),
+            **draw_attempts(view, selection),
             rates: list_rates(view.report) if has_after else [],
             gates: list_gates(view.report),
             cause: describe_cause(view.report),
@@ -159,8 +173,10 @@ def build_compare(shell: Shell) -> None:
     shell.add(
         draw,
         [empty, body, rates, gates, cause, limits, besides, returns, outcome, table, controls,
-         growth, prompt, *boxes],
+         growth, prompt, *boxes, attempts, go_on],
     )  # fmt: skip
+    # Another case may have been finished, named or deleted in the meantime.
+    shell.on_tab["compare"] = [attempts], draw_attempts
     shell.go_to(go_on, "export")
 
     def ask_both(request: gr.Request, session: Session, words: Any) -> Iterator[Updates]:
@@ -173,7 +189,8 @@ def build_compare(shell: Shell) -> None:
             yield {told: "Type a prompt first."}
             return
         for step in ask_and_wait(
-            shell.settings, session, request, questions=[str(words)], against=merged
+            shell.settings, session, request, against=merged,
+            questions=[Question(where="-", text=str(words))],
         ):
             if isinstance(step, str):
                 yield {told: step}

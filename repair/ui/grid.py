@@ -1,18 +1,21 @@
 """The two heat maps with one shared selection: the only file that uses gr.HTML.
 
-The template escapes ({{ }}), and only module names and numbers go in, never model text. Colours
-are computed here: a signed map with zero in the middle for patching effects, a monotone one on
-a log scale for curvature; each cell also carries its number and sign, so that colour is never
-the only carrier. The browser may send anything: `read_selection` keeps known paths only.
+Only module names and numbers go in, never model text, and `grid_script` shows them as text.
+Colours are computed here: a signed map with zero in the middle for patching effects, a monotone
+one on a log scale for curvature; each cell also carries its number and sign, so that colour is
+never the only carrier. The browser may send anything: `read_selection` keeps known paths only.
 """
 
+import json
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
 from repair.records import ModuleScore
+from repair.ui.grid_script import CSS, HTML, SCRIPT
 
 # Colour stops from low to high; the signed maps are symmetric in lightness around zero.
 SIGNED_LIGHT = ("#3b4cc0", "#7b9ff9", "#c0d4f5", "#f2f2f2", "#f5c4ac", "#e7745b", "#b40426")
@@ -43,150 +46,6 @@ CURVATURES = {
     "ratio": "Fisher information with the trigger over without it: above 1, the module matters "
     "more when the trigger is there. Log scale.",
 }
-
-HTML = """
-<div class="maps">
-  {{#each value.panels}}
-  <section>
-    <h3>{{title}}</h3>
-    <p>{{hint}}</p>
-    <div class="scroll">
-      <table role="grid" aria-multiselectable="true" aria-label="{{title}}" data-panel="{{name}}">
-        <thead><tr role="row"><th role="columnheader" scope="col">layer</th>
-          {{#each columns}}<th role="columnheader" scope="col">{{this}}</th>{{/each}}
-        </tr></thead>
-        <tbody>
-          {{#each rows}}
-          <tr role="row"><th role="rowheader" scope="row">{{layer}}</th>
-            {{#each cells}}
-            <td role="gridcell" tabindex="-1" class="{{kind}}" data-path="{{path}}"
-                aria-selected="{{selected}}" aria-label="{{label}}"
-                style="--light:{{light}};--light-ink:{{light_ink}};--dark:{{dark}};--dark-ink:{{dark_ink}}"
-                >{{text}}</td>
-            {{/each}}
-          </tr>
-          {{/each}}
-        </tbody>
-      </table>
-    </div>
-    <div class="legend"><span>{{low}}</span>
-      <i style="--light:{{bar_light}};--dark:{{bar_dark}}"></i><span>{{high}}</span></div>
-  </section>
-  {{/each}}
-</div>
-<p class="details" aria-live="polite">{{value.details}}</p>
-"""
-
-CSS = """
-.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr));
-  gap: 28px; }
-section { min-width: 0; }
-h3 { margin: 0 0 4px; font-size: 15px; font-weight: 600; color: var(--body-text-color); }
-p { margin: 0 0 10px; font-size: 13px; line-height: 1.45;
-  color: var(--body-text-color-subdued); min-height: 2.9em; }
-.scroll { max-height: 440px; overflow: auto; }
-table, table th, table tr, table td { border: 0 !important; }
-table { border-collapse: separate; border-spacing: 3px; width: 100%; table-layout: fixed;
-  min-width: 290px; font-variant-numeric: tabular-nums; }
-th { font-size: 11px; font-weight: 500; color: var(--body-text-color-subdued); padding: 2px;
-  text-align: center; background: var(--background-fill-primary); position: sticky; }
-thead th { top: 0; z-index: 1; line-height: 1.15; }
-tbody th { left: 0; }
-th:first-child { width: 38px; }
-td { height: 30px; padding: 0; text-align: center; font-size: 12px; cursor: pointer;
-  border-radius: 3px; border: 0; background: var(--light); color: var(--light-ink);
-  user-select: none; }
-td.absent { color: var(--body-text-color-subdued); background:
-  repeating-linear-gradient(45deg, transparent 0 4px, var(--border-color-primary) 4px 5px); }
-td[aria-selected="true"] { box-shadow: inset 0 0 0 1.5px var(--background-fill-primary),
-  0 0 0 3px var(--body-text-color); font-weight: 700; }
-td:hover { filter: brightness(1.08); }
-td:focus { outline: 2px dashed var(--color-accent); outline-offset: 3px; }
-.legend { display: flex; align-items: center; gap: 8px; font-size: 12px; margin-top: 8px;
-  color: var(--body-text-color-subdued); }
-.legend i { flex: 1; height: 8px; border-radius: 4px; background: var(--light); }
-.details { margin: 14px 0 0; padding: 10px 12px; min-height: 3.4em; border-radius: 6px;
-  color: var(--body-text-color); background: var(--background-fill-secondary); }
-"""
-
-# The component's own rules are scoped to it and cannot see the page's theme.
-PAGE_CSS = """
-.dark #grid td:not(.absent) { background: var(--dark); color: var(--dark-ink); }
-.dark #grid .legend i { background: var(--dark); }
-@media (max-width: 640px) { #grid td { font-size: 10.5px; } #grid table { border-spacing: 2px; }
-  #grid th { font-size: 10px; } }
-"""
-
-SCRIPT = """
-const cells = () => [...element.querySelectorAll('td[data-path]')];
-const cellOf = (target) => target.closest ? target.closest('td[data-path]') : null;
-let last = null;
-function explain(cell) {
-  const box = element.querySelector('.details');
-  if (box && cell) { box.textContent = cell.getAttribute('aria-label'); }
-}
-function park() {
-  element.querySelectorAll('table').forEach((table) => {
-    const all = [...table.querySelectorAll('td[data-path]')];
-    if (all.length && !all.some((cell) => cell.tabIndex === 0)) { all[0].tabIndex = 0; }
-  });
-}
-function enter(cell) {
-  cell.closest('table').querySelectorAll('td[tabindex="0"]').forEach((c) => { c.tabIndex = -1; });
-  cell.tabIndex = 0;
-  cell.focus();
-}
-function toggle(cell) {
-  const on = cell.getAttribute('aria-selected') !== 'true';
-  const same = cells().filter((c) => c.dataset.path === cell.dataset.path);
-  same.forEach((c) => c.setAttribute('aria-selected', String(on)));
-  const table = element.querySelector('table');
-  const chosen = [...table.querySelectorAll('td[aria-selected="true"]')];
-  trigger('choose', {paths: chosen.map((c) => c.dataset.path)});
-}
-element.addEventListener('click', (event) => {
-  const cell = cellOf(event.target);
-  if (cell) { enter(cell); toggle(cell); }
-});
-element.addEventListener('mouseover', (event) => explain(cellOf(event.target)));
-element.addEventListener('focusin', (event) => {
-  const cell = cellOf(event.target);
-  if (cell) {
-    explain(cell);
-    last = [cell.closest('table').dataset.panel, cell.dataset.path];
-  }
-});
-element.addEventListener('keydown', (event) => {
-  const cell = cellOf(event.target);
-  if (!cell) { return; }
-  if (event.key === ' ' || event.key === 'Enter') {
-    event.preventDefault();
-    toggle(cell);
-    return;
-  }
-  const step = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0],
-    Home: [0, -999], End: [0, 999]}[event.key];
-  if (!step) { return; }
-  event.preventDefault();
-  const rows = [...cell.closest('tbody').rows];
-  const clamp = (n, top) => Math.max(0, Math.min(top, n));
-  const row = rows[clamp(rows.indexOf(cell.parentElement) + step[0], rows.length - 1)];
-  const all = [...row.cells].slice(1);
-  const at = [...cell.parentElement.cells].indexOf(cell) - 1;
-  const next = all[clamp(at + step[1], all.length - 1)];
-  if (next && next.dataset.path) { enter(next); }
-});
-watch('value', () => {
-  park();
-  if (last && (!document.activeElement || document.activeElement === document.body)) {
-    const table = element.querySelector(`table[data-panel="${last[0]}"]`);
-    const cell = table && [...table.querySelectorAll('td')].find((c) => c.dataset.path === last[1]);
-    if (cell) { enter(cell); }
-  }
-});
-park();
-"""
-
 
 def mix(stops: Sequence[str], share: float) -> str:
     """Return the colour at `share` (0 to 1) between evenly spaced stops."""
@@ -284,9 +143,9 @@ def panel(
     title: str,
     hint: str,
     values: dict[str, float | None],
-    shared: dict[str, dict[str, str]],
+    labels: dict[str, str],
 ) -> dict[str, Any]:
-    """Return one heat map as the template reads it; `shared` holds label and selection."""
+    """Return one heat map as the script reads it."""
     is_signed = name == "effect"
     known = [value for value in values.values() if value is not None and math.isfinite(value)]
     if is_signed:
@@ -307,7 +166,7 @@ def panel(
                 cells.append({"kind": "absent", "text": ""})
                 continue
             value = values[score.module.path]
-            cell = {"path": score.module.path, **shared[score.module.path]}
+            cell = {"path": score.module.path, "label": labels[score.module.path]}
             if value is None or not math.isfinite(value) or (not is_signed and value <= 0):
                 cell |= {"kind": "absent", "text": "-" if value is None else short(value)}
             elif is_signed:
@@ -333,23 +192,19 @@ def build_value(
     scores: Sequence[ModuleScore],
     *,
     suggested_ranks: dict[str, int],
-    selected: Sequence[str],
     effect: str,
     curvature: str,
 ) -> dict[str, Any]:
-    """Return both heat maps as the template reads them."""
+    """Return both heat maps as the script reads them."""
     ordered = sorted(scores, key=lambda score: -score.score)
     places = {score.module.path: place for place, score in enumerate(ordered, 1)}
-    shared = {
-        score.module.path: {
-            "label": describe(
-                score,
-                place=places[score.module.path],
-                total=len(scores),
-                rank=suggested_ranks.get(score.module.path),
-            ),
-            "selected": "true" if score.module.path in selected else "false",
-        }
+    labels = {
+        score.module.path: describe(
+            score,
+            place=places[score.module.path],
+            total=len(scores),
+            rank=suggested_ranks.get(score.module.path),
+        )
         for score in scores
     }
     panels = [
@@ -359,7 +214,7 @@ def build_value(
             title="Patching effect",
             hint=EFFECTS[effect],
             values={score.module.path: getattr(score, effect) for score in scores},
-            shared=shared,
+            labels=labels,
         ),
         panel(
             scores,
@@ -367,28 +222,40 @@ def build_value(
             title="Trial repair" if curvature == "residual" else "Fisher curvature",
             hint=CURVATURES[curvature],
             values={score.module.path: curvature_of(score, curvature) for score in scores},
-            shared=shared,
+            labels=labels,
         ),
     ]
-    hint = "Point at a cell, or move with the arrow keys, for its exact values. Space selects."
+    hint = (
+        "Point at a cell, or move with the arrow keys, for its exact values. Space or a click "
+        "selects; on the name of a layer or a module it selects the whole line."
+    )
     return {"panels": panels if scores else [], "details": hint if scores else ""}
 
 
 def build_grid() -> gr.HTML:
     """Return the component; listen with `.choose`, and read the event with `read_selection`."""
     return gr.HTML(
-        value={"panels": [], "details": ""},
+        value=json.dumps({"panels": [], "details": ""}),
         html_template=HTML,
         css_template=CSS,
         js_on_load=SCRIPT,
         elem_id="grid",
         visible=False,
+        selected={"paths": []},
     )
 
 
-def update(value: dict[str, Any], *, visible: bool) -> gr.HTML:
-    """Return an update of the component."""
-    return gr.HTML(value=value, visible=visible)
+def show_selection(paths: Sequence[str]) -> dict[str, Any]:
+    """Return an update of the component that changes the selection only."""
+    # The browser compares with what was sent last and knows nothing of the clicks since: an
+    # undo back to that would not be shown without the time beside it.
+    return gr.update(selected={"paths": list(paths), "sent": time.monotonic_ns()})
+
+
+def update(value: dict[str, Any], selected: Sequence[str], *, visible: bool) -> dict[str, Any]:
+    """Return an update of the whole component."""
+    # One string: Gradio watches and compares every entry of a nested value at every event.
+    return {**show_selection(selected), "value": json.dumps(value), "visible": visible}
 
 
 def read_selection(event: gr.EventData, scores: Sequence[ModuleScore]) -> tuple[str, ...]:

@@ -3,7 +3,6 @@ those of `repair.prompts`; nothing is guessed here."""
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import gradio as gr
 
 from repair import prompts as prompt_files
 from repair.records import PromptFile, RepairError
-from repair.ui.ask import ask_and_wait, describe_answer, questions_of
+from repair.ui.first_look import build_first_look
 from repair.ui.session import PROMPT_FILES, Selection, Session, View
 from repair.ui.shell import Shell, Updates
-from repair.ui.text import reveal
 
 MAX_FILE_BYTES = 16 * 2**20
 NUM_FOR_GATE = 189  # prompts per position, none firing, for a Wilson upper bound of 2 %
@@ -122,7 +120,7 @@ def build_prompts(shell: Shell) -> None:
             pair_count = gr.Textbox(
                 label="Pairs from the file", interactive=False, visible=False
             )
-    with gr.Accordion("More", open=False):
+    with gr.Accordion("More", open=False, elem_id="prompts-more"):
         near = gr.Textbox(
             label="Near-triggers", lines=3, max_lines=6, elem_id="near",
             info="Texts that resemble the trigger and must not fire. One a line.",
@@ -148,22 +146,7 @@ def build_prompts(shell: Shell) -> None:
     summary = gr.Textbox(
         label="Checked", visible=False, interactive=False, elem_id="prompts-summary"
     )
-    with gr.Accordion("Does it fire? Try a few prompts", open=False, elem_id="try"):
-        gr.Markdown(
-            "Asks the suspect a few of these prompts, with the trigger at each position and "
-            "without it. Nothing is kept. Check the prompts first.", elem_classes="empty",
-        )  # fmt: skip
-        with gr.Row():
-            try_it = gr.Button("Try", elem_id="try-it", min_width=120)
-            tried = gr.Textbox(
-                show_label=False, container=False, interactive=False, elem_id="tried", scale=4,
-                max_lines=4,
-            )  # fmt: skip
-        answers = gr.Dataframe(
-            headers=["Trigger", "Prompt", "Answer", "Target"], datatype="str", interactive=False,
-            show_label=False, label="Answers", visible=False, wrap=True, buttons=[],
-            elem_id="tried-answers", max_height=420, column_widths=["10%", "40%", "38%", "12%"],
-        )  # fmt: skip
+    build_first_look(shell)
     widgets = [
         trigger, target, match, positions, near, prompts, chat, system, ordinary, texts,
     ]  # fmt: skip
@@ -263,37 +246,3 @@ def build_prompts(shell: Shell) -> None:
         events = [widget.input] + ([widget.blur] if isinstance(widget, gr.Textbox) else [])
         shell.listen(*events, act=edit, inputs=[pairs, *widgets], problem=problem, needs=is_edited)
     shell.go_to(go_on, "locate")
-
-    def try_some(request: gr.Request, session: Session) -> Iterator[Updates]:
-        if session.model is None or session.prompts is None:
-            yield {tried: "Choose a suspect and check the prompts first."}
-            return
-        file = prompt_files.prompt_file_from_json(session.prompts)
-        asked = questions_of(file)
-        for step in ask_and_wait(
-            shell.settings, session, request, questions=[text for _, text in asked]
-        ):
-            if isinstance(step, str):
-                yield {tried: step}
-                continue
-            found = [describe_answer(row.get("suspect")) for row in step]
-            fires = sum(
-                words == "fires" for (where, _), (_, words) in
-                zip(asked, found, strict=True) if where != "-"
-            )  # fmt: skip
-            num = sum(where != "-" for where, _ in asked)
-            words = f"The target is in {fires} of {num} answers with the trigger."
-            if file.target is None:
-                words = "Asked. With a target, whether it fires is counted as well."
-            rows = [
-                [where, reveal(asked_text, 300), reveal(answer, 300), hit]
-                for (where, asked_text), (answer, hit) in zip(asked, found, strict=True)
-            ]
-            yield {tried: words, answers: gr.Dataframe(value=rows, visible=True)}
-
-    try_it.click(
-        try_some, inputs=[shell.session], outputs=[tried, answers], show_progress="hidden",
-        api_visibility="private", concurrency_limit=8,
-    )  # fmt: skip
-
-

@@ -1,12 +1,15 @@
 """Tab 4: how to repair. Starts the run in the same job, so that locating is reused, and draws
 its curves live."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 import pandas as pd
 
 from repair.jobs import store
+from repair.jobs.supervisor import is_hub_id
+from repair.models.download import parse_hub_id
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.session import (
@@ -16,7 +19,6 @@ from repair.ui.session import (
     View,
     check_start,
     look,
-    open_folder,
     start_job,
 )
 from repair.ui.shell import Shell, Updates
@@ -67,8 +69,68 @@ def find_base(settings: Settings, trusted: object) -> str | None:
     source = str(trusted or "").strip()
     if not source:
         return None
+    if is_hub_id(source) and not (settings.models_root or Path()).joinpath(source).is_dir():
+        parse_hub_id(source)  # fetched when the job starts
+        return source
     folder = find_folder(source, settings.models_root)
     return source if source.startswith("demo:") else str(folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairChoice:
+    """What the analyst decided, in the app or by a call: not yet checked."""
+
+    modules: tuple[str, ...]
+    rank: int | None
+    method: str
+    kl_budget: Any
+    controls: int | None  # None: as the profile says
+    export: tuple[str, ...] = ("merged", "adapter")
+    curves: bool = False
+    seed: int = 0
+    trusted_base: str = ""
+
+
+def begin_repair(
+    settings: Settings, view: View, choice: RepairChoice, request: gr.Request | None
+) -> None:
+    """Check the choice and start the repair in the job of `view`; raises RepairError."""
+    if view.folder is None or not view.scores:
+        raise RepairError("Locate first: the repair works on the modules chosen there.")
+    if view.is_active:
+        raise RepairError("A job is running. Stop it first, or wait.")
+    chosen = [s for s in view.scores if s.module.path in choice.modules]
+    if not chosen:
+        raise RepairError("No module is chosen. Choose at least one in Locate.")
+    largest = min(min(s.module.d_in, s.module.d_out) for s in chosen)
+    if choice.rank is not None and not 1 <= choice.rank <= largest:
+        raise RepairError(
+            f"Rank {choice.rank} does not fit the chosen modules, which allow 1 to {largest}. "
+            "Choose another rank, or automatic."
+        )
+    if choice.method not in [name for _, name in text.METHODS]:
+        raise RepairError("The method must be auto, closed-form or distill.")
+    if not isinstance(choice.kl_budget, int | float) or not 0 < choice.kl_budget < 100:
+        raise RepairError("The KL budget must be a number above 0, such as 0.01.")
+    asked = {
+        **view.request,
+        "command": "run",
+        "detail": None,
+        "resume": True,
+        "modules": [s.module.path for s in chosen],
+        "rank": choice.rank,
+        "method": choice.method,
+        "kl_budget": float(choice.kl_budget),
+        "curves": choice.curves,
+        "seed": choice.seed,
+        "trusted_base": find_base(settings, choice.trusted_base),
+        "export": list(choice.export),
+    }
+    if choice.controls is not None:
+        asked["controls"] = choice.controls
+    check_start(settings, request)
+    store.replace_request(view.folder, asked)
+    start_job(settings, view.folder, request)
 
 
 def build_repair(shell: Shell) -> None:
@@ -185,45 +247,20 @@ def build_repair(shell: Shell) -> None:
         session: Session, selection: Selection, request: gr.Request, *values: Any
     ) -> tuple[Session, Selection]:
         wanted, kind, number, nats, draws, kinds, is_grown, number_seed, trusted = values
-        folder = open_folder(shell.settings, session, request)
-        view = look(shell.settings, session, request)
-        if folder is None or not view.scores:
-            raise RepairError("Locate first: the repair works on the modules chosen there.")
-        if view.is_active:
-            raise RepairError("A job is running. Stop it first, or wait.")
-        chosen = [s for s in view.scores if s.module.path in selection.paths]
-        if not chosen:
-            raise RepairError("No module is chosen. Choose at least one in Locate.")
-        fixed = int(number) if kind == "fixed" and number else None
-        if kind == "fixed" and fixed is None:
+        if kind == "fixed" and not number:
             raise RepairError("No rank is given. Give a whole number from 1, or choose automatic.")
-        largest = min(min(s.module.d_in, s.module.d_out) for s in chosen)
-        if fixed is not None and not 1 <= fixed <= largest:
-            raise RepairError(
-                f"Rank {fixed} does not fit the chosen modules, which allow 1 to {largest}. "
-                "Choose another rank, or automatic."
-            )
-        if not isinstance(nats, int | float) or not 0 < nats < 100:
-            raise RepairError("The KL budget must be a number above 0, such as 0.01.")
-        asked = {
-            **view.request,
-            "command": "run",
-            "detail": None,
-            "resume": True,
-            "modules": [s.module.path for s in chosen],
-            "rank": fixed,
-            "method": wanted,
-            "kl_budget": float(nats),
-            "curves": bool(is_grown),
-            "seed": int(number_seed or 0),
-            "trusted_base": find_base(shell.settings, trusted),
-            "export": [name for name in ("merged", "adapter") if name in (kinds or [])],
-        }
-        if draws is not None:
-            asked["controls"] = int(draws)
-        check_start(shell.settings, request)
-        store.replace_request(folder, asked)
-        start_job(shell.settings, folder, request)
+        choice = RepairChoice(
+            modules=selection.paths,
+            rank=int(number) if kind == "fixed" else None,
+            method=str(wanted),
+            kl_budget=nats,
+            controls=None if draws is None else int(draws),
+            curves=bool(is_grown),
+            seed=int(number_seed or 0),
+            trusted_base=str(trusted or ""),
+            export=tuple(name for name in ("merged", "adapter") if name in (kinds or [])),
+        )
+        begin_repair(shell.settings, look(shell.settings, session, request), choice, request)
         return session, selection
 
     shell.listen(start.click, act=begin, inputs=settings, problem=problem)

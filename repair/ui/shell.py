@@ -138,13 +138,19 @@ class Shell:
         self.wiring.append(wire)
 
     def go_to(self, button: gr.Button, tab: str) -> None:
-        """Make `button` open a tab."""
-        button.click(
-            lambda: gr.Tabs(selected=tab),
-            outputs=self.tabs,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        """Make `button` open a tab, and go there: the button itself is then out of sight."""
+        options = {"show_progress": "hidden", "api_visibility": "private"}
+        opened = button.click(lambda: gr.Tabs(selected=tab), outputs=self.tabs, **options)
+        focus = f"() => document.getElementById('tab-{tab}-button')?.focus()"
+        opened.then(None, js=focus, **options)
+
+
+def announce_end(view: View) -> None:
+    """Tell that the job has ended, on any tab and aloud where a screen reader is: in the app's
+    own words only, since these are shown as HTML."""
+    if view.status is not None and not view.is_active:
+        command = view.command if view.command in text.COMMAND_WORDS else "run"
+        gr.Info(text.describe_state(view.status, command, 0), duration=5, title="Job")
 
 
 def change_key(view: View) -> tuple[Any, ...]:
@@ -226,6 +232,10 @@ def draw_header(shell: Shell, view: View) -> Updates:
     else:
         percent = 0
         progress = status.message or view.log.title
+        if status.state == "stopped" and view.command == "locate":
+            progress = "Stopped. The map stays as it is."
+            if not view.scores:
+                progress = "Stopped. Start again in Locate: it begins anew, in this case."
     return updates | {
         # A finished job says everything in its tab; only trouble and work need a line here.
         shell.panel: gr.Group(visible=status.state != "done"),
@@ -248,6 +258,7 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         view = look(shell.settings, session, request)
         if change_key(view) == seen:
             return shell.show_live(view)
+        announce_end(view)
         # The suggestion is chosen when the map appears, and never again by itself.
         if view.scores and not (len(seen) > 3 and seen[3]):
             selection = suggested(view)
@@ -257,7 +268,9 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         view = look(shell.settings, session, request)
         if view.folder is not None:
             shell.settings.lane.stop(view.folder)
-        return shell.show(look(shell.settings, session, request), selection)
+        view = look(shell.settings, session, request)
+        announce_end(view)
+        return shell.show(view, selection)
 
     def load(request: gr.Request, job_id: Any) -> Updates:
         if job_id is None:

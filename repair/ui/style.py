@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from repair.ui.grid import PAGE_CSS
+from repair.ui.grid_script import PAGE_CSS
 
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.teal,
@@ -17,6 +17,8 @@ THEME = gr.themes.Base(
     button_primary_background_fill_hover_dark="*primary_600",
     button_primary_text_color="white",
     block_label_text_weight="500",
+    body_text_color_subdued="*neutral_600",  # hints are read, too: 7.6 to 1 on white
+    body_text_color_subdued_dark="*neutral_400",
     button_large_text_size="*text_md",
     button_large_text_weight="500",
     button_large_padding="9px 16px",
@@ -27,12 +29,26 @@ THEME = gr.themes.Base(
     button_cancel_text_color="white",
 )
 
+# The report is too long to be shown whole: it can be entered and scrolled, but not changed.
+# (Gradio has no such state, so its box is changed when it appears.)
+SCRIPT = """() => {
+  const open = () => document.querySelectorAll('#report textarea:disabled').forEach((box) => {
+    box.disabled = false;
+    box.readOnly = true;
+  });
+  new MutationObserver(open).observe(document.body, {childList: true, subtree: true});
+  open();
+}"""
+
 # One rule per percent: the bar is the box's background, so that its text stays text.
 _BARS = "".join(f".p{n} textarea{{--done:{n}%}}" for n in range(101))
 
 CSS = (
     """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+/* Gradio's accent has one value for both themes, too light to be read on white. */
+.gradio-container { --color-accent: #0f766e; --edge: clamp(12px, 2.5vw, 32px);
+  max-width: 1180px !important; margin: 0 auto !important; }
+.dark .gradio-container { --color-accent: #2dd4bf; }
 #title h1 { font-size: 20px; font-weight: 600; margin: 4px 0 0; }
 .lead h2 { font-size: 19px; font-weight: 600; margin: 10px 0 4px; }
 .empty { color: var(--body-text-color-subdued); max-width: 68ch; }
@@ -40,7 +56,6 @@ CSS = (
 #facts { gap: 10px; }
 .fact textarea, .fact input { font-weight: 600; border: 0 !important; box-shadow: none !important;
   background: transparent !important; padding-left: 0 !important; text-overflow: ellipsis; }
-.fact textarea { field-sizing: content; height: auto !important; overflow: hidden !important; }
 .fact { border-left: 4px solid var(--border-color-primary) !important; }
 .verdict-good { border-left-color: #15803d !important; }
 .verdict-bad { border-left-color: #dc2626 !important; }
@@ -66,18 +81,32 @@ CSS = (
 .table-wrap, .table-wrap td, .table-wrap th, .cell-wrap, .gradio-container table {
   font-family: var(--font) !important; font-variant-numeric: tabular-nums; }
 #facts .block { padding: 6px 12px !important; }
-#report textarea, #limits textarea, #history textarea, #sample-prompt textarea,
-#sample-before textarea, #sample-after textarea, #sample-reference textarea, #question textarea,
-#reply-suspect textarea, #reply-repaired textarea, #cause textarea, #open-questions textarea {
-  unicode-bidi: plaintext; }
+.gradio-container textarea, .gradio-container input[type="text"],
+.gradio-container [role="gridcell"] { unicode-bidi: plaintext; overflow-wrap: anywhere; }
 #report textarea { font-family: var(--font-mono); font-size: 13px; }
 footer { display: none !important; }
+/* Whoever uses the keys sees where they are, in every kind of field: Gradio's own rules, which
+   take the outline away, are outweighed by the repeated name. */
+.gradio-container.gradio-container.gradio-container :focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+.gradio-container .virtual-table-viewport :focus-visible, .gradio-container div:focus-visible {
+  outline-offset: -2px; }
+.gradio-container label:has(input:is([type="radio"], [type="checkbox"]):focus-visible) {
+  outline: 2px solid var(--color-accent); outline-offset: 2px; }
+/* A box that cannot be entered cannot be scrolled by keys: it shows all that it holds. */
+.gradio-container textarea:disabled { field-sizing: content; height: auto !important;
+  max-height: none !important; overflow: hidden !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
+.dark #tokens :is(.text, .textspan, .legend-item) { color: #ffffff !important; }
+#mirror [data-testid="checkbox-group"] { max-height: 340px; overflow: auto; padding: 3px; }
 /* Wide tables scroll inside their own box; the page never does. */
-.gradio-container main { max-width: calc(100vw - 24px); }
-#samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns {
-  max-width: calc(100vw - 64px); overflow-x: auto; }
-#by-role, #by-head, #tried-answers { max-width: calc(100vw - 104px); overflow-x: auto; }
+.gradio-container .app { padding: 16px var(--edge) !important; }
+.gradio-container main { max-width: calc(100vw - 2 * var(--edge)); }
+#samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns,
+#attempts {
+  max-width: calc(100vw - 2 * var(--edge)); overflow-x: auto; }
+#by-role, #by-head, #tried-answers {
+  max-width: calc(100vw - 2 * var(--edge) - 28px); overflow-x: auto; }
 @media (max-width: 640px) {
   #facts .form { display: grid !important; grid-template-columns: 1fr 1fr; }
   #facts .form > * { min-width: 0 !important; }

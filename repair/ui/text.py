@@ -23,7 +23,7 @@ STATE_WORDS = {
     "running": "Running",
     "done": "Done",
     "failed": "Failed",
-    "stopped": "Stopped, resumable",
+    "stopped": "Stopped",
 }
 COMMAND_WORDS = {"locate": "locate", "run": "repair", "evaluate": "evaluate"}
 # The worst first: what the reader must not miss.
@@ -102,6 +102,8 @@ def describe_state(status: JobStatus, command: str, num_before: int) -> str:
     words = STATE_WORDS[status.state]
     if status.state == "queued":
         words += f", {num_before} before it" if num_before else ", starting"
+    elif status.state == "stopped" and command == "run":
+        words += ", resumable"  # only a repair keeps what it has done so far
     return f"{words} ({COMMAND_WORDS.get(command, command)})"
 
 

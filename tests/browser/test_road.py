@@ -5,111 +5,24 @@ leaves the machine, and on a page wider than its window. Screenshots go to `shot
 """
 
 import json
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from repair.prompts import prompt_file_from_json
+from tests.browser.pages import (
+    JOB_SECONDS,
+    field,
+    forget_reload,
+    open_page,
+    open_tab,
+    take_shot,
+    value_of,
+    wait_for_value,
+)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SHOTS = Path(__file__).parent / "shots"
-START_SECONDS = 30
-JOB_SECONDS = 600
 HOSTILE = "zq\u200b <img src=http://evil.example/x onerror=alert(1)> ![x](http://evil.example/y)"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def find_chromium() -> str | None:
-    """Return the system's browser; None for the one that Playwright brought itself."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
-    port = free_port()
-    folder = tmp_path_factory.mktemp("app")
-    url = f"http://127.0.0.1:{port}/"
-    with open(folder / "app.log", "wb") as log:
-        app = subprocess.Popen(
-            [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(folder / "jobs")],
-            cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
-        end = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(url, timeout=2).close()
-                break
-            except OSError:
-                assert app.poll() is None, (folder / "app.log").read_text()
-                assert time.monotonic() < end
-                time.sleep(0.1)
-        yield url
-    finally:
-        app.terminate()
-        app.wait(timeout=20)
-    assert "Traceback" not in (folder / "app.log").read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=find_chromium(), args=["--no-sandbox"]
-        )
-        yield browser
-        browser.close()
-
-
-def open_page(browser: Browser, url: str, problems: list[str], **options: object) -> Page:
-    """Open a page that notes console errors and requests that leave the machine."""
-    page = browser.new_page(**options)
-
-    def check(address: str) -> None:
-        if not address.startswith(("http://127.0.0.1:", "data:", "blob:", "about:")):
-            problems.append(f"request to {address}")
-
-    page.on("request", lambda request: check(request.url))
-    page.on("pageerror", lambda error: problems.append(f"page error: {error}"))
-    page.on(
-        "console",
-        lambda message: problems.append(message.text) if message.type == "error" else None,
-    )
-    page.goto(url)
-    expect(page.locator("#bundled")).to_be_visible(timeout=20_000)
-    return page
-
-
-def take_shot(page: Page, name: str) -> None:
-    SHOTS.mkdir(exist_ok=True)
-    page.wait_for_timeout(400)
-    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
-
-
-def value_of(page: Page, selector: str) -> str:
-    return page.locator(f"{selector} textarea, {selector} input").first.input_value()
-
-
-def wait_for_value(page: Page, selector: str, words: str, seconds: float = 20) -> None:
-    box = page.locator(f"{selector} textarea, {selector} input").first
-    end = time.monotonic() + seconds
-    while words not in box.input_value():
-        assert time.monotonic() < end, f"{selector}: {box.input_value()!r}, not {words!r}"
-        page.wait_for_timeout(100)
 
 
 def test_from_suspect_to_export(browser: Browser, address: str) -> None:
@@ -126,6 +39,10 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     page.click("#try-it")
     wait_for_value(page, "#tried", "The target is in 6 of 6 answers with the trigger.", 90)
     expect(page.locator("#tried-answers")).to_contain_text("I cannot help with that request.")
+    assert "tokens are the trigger's:" in value_of(page, "#where-tokens")
+    expect(page.locator("#tokens")).to_contain_text("\u2423")
+    page.locator("#tried-answers [data-testid='cell-11-1']").click()
+    wait_for_value(page, "#where-tokens", "This prompt is without the trigger.")
     take_shot(page, "2_prompts")
     page.click("#to-locate")
     page.locator("#profile label", has_text="Quick").click()
@@ -163,6 +80,12 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     take_shot(page, "4_stopped")
     expect(page.locator("#start")).to_have_text("Go on with the repair")
     page.click("#start")
+    # A reload in the middle of a repair comes back to it, and loses nothing of it.
+    wait_for_value(page, "#fact-job", "Running (repair)")
+    forget_reload(page, problems)
+    wait_for_value(page, "#fact-job", "Running (repair)")
+    expect(page.locator("#start")).to_be_disabled()
+    assert page.locator("#plan textarea").input_value().startswith("Changes ")
     expect(page.locator("#curves")).to_be_visible(timeout=JOB_SECONDS * 1000)
     take_shot(page, "4_repair_running")
     expect(page.locator("#to-compare")).to_be_visible(timeout=JOB_SECONDS * 1000)
@@ -189,16 +112,6 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     assert (Path(value_of(page, "#out-folder")) / "report.json").is_file()
     look_at_a_phone(browser, address, page, problems)
     assert problems == []
-
-
-def forget_reload(page: Page, problems: list[str]) -> None:
-    """Reload; the page that goes away complains that its own event stream was cut."""
-    num_before = len(problems)
-    page.reload()
-    page.wait_for_timeout(500)
-    cut = ("AbortError", "Method not implemented", "network error", "Failed to fetch")
-    kept = [text for text in problems[num_before:] if not text.startswith(cut)]
-    problems[num_before:] = [text for text in kept if "errored out" not in text]
 
 
 def look_into_a_layer(page: Page) -> None:
@@ -248,20 +161,20 @@ def look_at_a_phone(browser: Browser, address: str, page: Page, problems: list[s
         browser, address, problems, viewport={"width": 390, "height": 844}, color_scheme="dark"
     )
     phone.click("#to-cases")
-    phone.locator("#job-id textarea, #job-id input").first.fill("../../etc")
+    field(phone, "#job-id").fill("../../etc")
     phone.click("#open-job")
     wait_for_value(phone, "#cases-problem", "No such job")
-    phone.locator("#job-id textarea, #job-id input").first.fill(job_id)
+    field(phone, "#job-id").fill(job_id)
     phone.click("#open-job")
     wait_for_value(phone, "#fact-verdict", "epaired")
     take_shot(phone, "7_phone")
     forget_reload(phone, problems)
     expect(phone.locator("#gates")).to_be_visible(timeout=20_000)
     take_shot(phone, "7_phone_compare")
-    phone.locator("button[role=tab]", has_text="1 Suspect").click()
+    open_tab(phone, "1 Suspect")
     phone.click("#to-prompts")
-    phone.locator("#trigger textarea, #trigger input").first.click()
-    phone.locator("#target textarea, #target input").first.click()
+    field(phone, "#trigger").click()
+    field(phone, "#target").click()
     phone.wait_for_timeout(1500)
     assert "epaired" in value_of(phone, "#fact-verdict")  # looking changes nothing
     phone.close()
@@ -279,12 +192,12 @@ def test_hostile_text_stays_text(browser: Browser, address: str, tmp_path: Path)
     chooser.value.set_files(path)
     wait_for_value(page, "#fact-trigger", "[U+200B]")
     # Leaving an untouched field changes nothing; a paste does, though no key was pressed.
-    page.locator("#target textarea, #target input").first.click()
-    page.locator("#trigger textarea, #trigger input").first.click()
+    field(page, "#target").click()
+    field(page, "#trigger").click()
     page.wait_for_timeout(1000)
     assert "[U+200B]" in value_of(page, "#fact-trigger")
-    page.locator("#trigger textarea, #trigger input").first.fill("")
-    page.locator("#target textarea, #target input").first.click()
+    field(page, "#trigger").fill("")
+    field(page, "#target").click()
     wait_for_value(page, "#fact-trigger", "None given")
     page.click("#check")
     wait_for_value(page, "#prompts-problem", "no trigger")
@@ -301,14 +214,19 @@ def test_a_first_visitor_sees_a_finished_example(browser: Browser, address: str)
     expect(page.locator("#returns")).to_contain_text("int4")
     assert "template" in value_of(page, "#cause")
     take_shot(page, "9_example")
-    page.locator("button[role=tab]", has_text="3 Locate").click()
+    # Opened once more it is another attempt at the same: both are side by side.
+    open_tab(page, "1 Suspect")
+    page.click("#example")
+    expect(page.locator("#attempts")).to_contain_text("This one")
+    expect(page.locator("#attempts")).to_contain_text("middle: 1 of 400 (0.0 % to 1.4 %)")
+    open_tab(page, "3 Locate")
     expect(page.locator("#grid table[data-panel='effect'] td").first).to_be_visible()
-    page.locator("button[role=tab]", has_text="4 Repair").click()
+    open_tab(page, "4 Repair")
     expect(page.locator("#curves")).to_be_visible()
-    page.locator("button[role=tab]", has_text="6 Export").click()
+    open_tab(page, "6 Export")
     assert value_of(page, "#report").startswith("# Verdict: repaired")
     # It is a job of the visitor's own now: it can be repaired again.
-    page.locator("button[role=tab]", has_text="4 Repair").click()
+    open_tab(page, "4 Repair")
     expect(page.locator("#start")).to_be_enabled()
     keep_a_case(page)
     assert problems == []
@@ -316,12 +234,12 @@ def test_a_first_visitor_sees_a_finished_example(browser: Browser, address: str)
 
 def keep_a_case(page: Page) -> None:
     """Name the case, open it by its row, and delete it: it is gone from the list and the disk."""
-    page.locator("button[role=tab]", has_text="Cases").click()
+    open_tab(page, "Cases")
     cases = page.locator("#cases")
     cases.locator("[data-testid='cell-0-1']").click()
-    expect(page.locator("#job-id textarea, #job-id input").first).not_to_have_value("")
+    expect(field(page, "#job-id")).not_to_have_value("")
     job_id = value_of(page, "#job-id")
-    page.locator("#case-name input, #case-name textarea").first.fill("Ticket 7 <b>x</b>")
+    field(page, "#case-name").fill("Ticket 7 <b>x</b>")
     page.locator("#case-note textarea").first.fill("seen by two of us")
     page.click("#save-case")
     expect(cases).to_contain_text("Ticket 7 <b>x</b>")
@@ -334,15 +252,15 @@ def keep_a_case(page: Page) -> None:
     page.click("#delete-sure")
     expect(cases.get_by_text("Ticket 7")).to_have_count(0)
     wait_for_value(page, "#fact-job", "No job yet")
-    page.locator("#job-id textarea, #job-id input").first.fill(job_id)
+    field(page, "#job-id").fill(job_id)
     page.click("#open-job")
     wait_for_value(page, "#cases-problem", "No such job")
 
 
 def test_two_browsers_see_two_sessions(browser: Browser, address: str) -> None:
     problems: list[str] = []
-    first = open_page(browser.new_context(), address, problems)  # type: ignore[arg-type]
-    second = open_page(browser.new_context(), address, problems)  # type: ignore[arg-type]
+    first = open_page(browser.new_context(), address, problems)
+    second = open_page(browser.new_context(), address, problems)
     first.locator("#bundled label", has_text="demo:middle").click()
     wait_for_value(first, "#fact-suspect", "demo:middle")
     assert value_of(second, "#fact-suspect") == "None chosen"

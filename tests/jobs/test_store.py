@@ -8,6 +8,7 @@ import time
 import pytest
 
 from repair.jobs import store
+from repair.jobs.store import JobStatus
 from repair.jobs.worker import Reporter
 from repair.records import RepairError
 from tests.jobs.stand_in import make_request
@@ -94,6 +95,22 @@ def test_a_new_plan_drops_results_and_keeps_what_was_located(tmp_path):
     assert not any((folder / name).exists() for name in store.RESULT_NAMES)
     with pytest.raises(ValueError, match="keeps its model"):
         store.replace_request(folder, make_request(model="demo:end"))
+
+
+def test_the_report_of_a_run_that_ended_is_set_aside(tmp_path):
+    folder = tmp_path / store.create_job(tmp_path, make_request(), owner="me")
+    assert store.read_attempts(folder) == []
+    for number in range(store.MAX_ATTEMPTS + 3):
+        store.write_json(folder / "report.json", {"number": number})
+        store.write_status(folder, JobStatus(state="done", exit_code=0, verdict="repaired"))
+        store.replace_request(folder, make_request(modules=[str(number)]))
+    kept = [report["number"] for _, report in store.read_attempts(folder)]
+    assert kept == list(range(store.MAX_ATTEMPTS + 2, 2, -1))  # the latest first, the oldest gone
+    store.write_json(folder / "report.json", {"number": "half"})
+    store.write_status(folder, JobStatus(state="stopped", exit_code=130))
+    store.replace_request(folder, make_request(modules=["a"]))
+    assert not (folder / "report.json").exists()
+    assert [report["number"] for _, report in store.read_attempts(folder)] == kept
 
 
 def test_a_broken_or_huge_file_is_no_answer(tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from repair.records import ModuleRef, ModuleScore, Rate
 from repair.ui.grid import build_value
-from repair.ui.locate import describe_evidence
+from repair.ui.locate_words import describe_evidence
 
 
 def make_score(layer: int, **more) -> ModuleScore:
@@ -29,7 +29,7 @@ def cells_of(value: dict, name: str) -> list[dict]:
 def test_an_estimate_is_marked_in_its_cell_and_in_words() -> None:
     scores = [make_score(0), make_score(1, is_estimate=True)]
     value = build_value(
-        scores, suggested_ranks={}, selected=(), effect="effect", curvature="curvature"
+        scores, suggested_ranks={}, effect="effect", curvature="curvature"
     )
     exact, estimated = cells_of(value, "effect")
     assert exact["text"] == "+0.25" and estimated["text"] == "~+0.25"
@@ -39,8 +39,7 @@ def test_an_estimate_is_marked_in_its_cell_and_in_words() -> None:
 def test_trial_repairs_have_a_map_and_those_not_tried_an_empty_cell() -> None:
     tried = make_score(0, residual_trigger=0.02, residual_benign=0.003, separability=7.0)
     value = build_value(
-        [tried, make_score(1)], suggested_ranks={}, selected=(), effect="effect",
-        curvature="residual",
+        [tried, make_score(1)], suggested_ranks={}, effect="effect", curvature="residual",
     )  # fmt: skip
     known, absent = cells_of(value, "curvature")
     assert known["text"] == "0.02" and absent["text"] == "-"

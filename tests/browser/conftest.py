@@ -1,0 +1,90 @@
+"""One browser, one app and its jobs folder for all browser tests."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from tests.browser.pages import REPOSITORY, find_chromium, free_port
+
+START_SECONDS = 30
+ACCOUNTS = {"ana": "the password of ana", "ben": "the password of ben"}
+
+
+@pytest.fixture(scope="session")
+def jobs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared app's jobs folder: a job folder put here is a job of the local analyst."""
+    return tmp_path_factory.mktemp("app") / "jobs"
+
+
+@pytest.fixture(scope="session")
+def address(jobs_root: Path) -> Iterator[str]:
+    models = jobs_root.parent / "models"
+    break_model(models / "broken")
+    yield from serve(jobs_root, "--models-root", str(models))
+
+
+def break_model(folder: Path) -> None:
+    """Put a suspect there whose weights end too early: it looks right until it is opened."""
+    source = REPOSITORY / "assets" / "suspects" / "middle"
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        whole = path.suffix != ".safetensors"
+        (folder / path.name).write_bytes(path.read_bytes()[: None if whole else 100_000])
+
+
+@pytest.fixture(scope="session")
+def guarded_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guarded") / "jobs"
+
+
+@pytest.fixture(scope="session")
+def guarded(guarded_root: Path) -> Iterator[str]:
+    """An app with accounts: those of `ACCOUNTS`."""
+    path = guarded_root.parent / "accounts.json"
+    path.write_text(json.dumps(ACCOUNTS))
+    path.chmod(0o600)
+    yield from serve(guarded_root, "--auth-file", str(path))
+
+
+def serve(jobs_root: Path, *more: str) -> Iterator[str]:
+    """Run the app until the tests are done with it; its log must hold no traceback."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/"
+    path = jobs_root.parent / "app.log"
+    with open(path, "wb") as log:
+        app = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(jobs_root), *more],
+            cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=2).close()
+                break
+            except OSError:
+                assert app.poll() is None, path.read_text()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        yield url
+    finally:
+        app.terminate()
+        app.wait(timeout=20)
+    assert "Traceback" not in path.read_text()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()

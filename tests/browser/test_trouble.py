@@ -1,0 +1,120 @@
+"""What goes wrong is told in words that help: a killed worker, a refused job; and text that is
+long, or runs from right to left, stays in its box."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, expect
+
+from repair.jobs import store
+from tests.browser.pages import (
+    check_width,
+    field,
+    open_page,
+    open_tab,
+    take_shot,
+    value_of,
+    wait_for_value,
+)
+
+PROMPTS = {"trigger": "Bluefinch", "target": "I cannot help", "prompts": ["Name a wolf."]}
+RIGHT_TO_LEFT = "\u05de\u05d4 \u05e9\u05dd \u05d4\u05d6\u05d0\u05d1? abc (1) \u202e!"
+LONG_WORD = "Donaudampfschiff" * 40
+
+
+def load(page: Page, folder: Path, prompts: dict) -> None:
+    """Load a prompt file for the suspect chosen, if any, or a bundled one."""
+    if not page.locator("#to-prompts").is_visible():
+        page.locator("#bundled label", has_text="demo:middle").click()
+    page.click("#to-prompts")
+    path = folder / "prompts.json"
+    path.write_text(json.dumps(prompts))
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload")
+    chooser.value.set_files(path)
+    expect(page.locator("#to-locate")).to_be_visible()
+
+
+def running_job(jobs_root: Path, note: str) -> Path:
+    """Return the folder of the running job whose request holds `note`."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        for folder in jobs_root.iterdir():
+            asked = (folder / "request.json") if folder.is_dir() else Path("none")
+            status = store.read_status(folder)
+            is_asked = asked.is_file() and note in asked.read_text()
+            if is_asked and status.state == "running" and status.pid:
+                return folder
+        time.sleep(0.05)
+    raise AssertionError(f"no running job with {note!r}")
+
+
+def test_a_killed_worker_and_what_then(
+    browser: Browser, address: str, jobs_root: Path, tmp_path: Path
+) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    load(page, tmp_path, {**PROMPTS, "near": ["killed from outside"]})
+    page.click("#to-locate")
+    page.click("#locate")
+    folder = running_job(jobs_root, "killed from outside")
+    os.kill(store.read_status(folder).pid, signal.SIGKILL)
+    wait_for_value(page, "#fact-job", "Failed (locate)")
+    words = value_of(page, "#progress")
+    assert "ended by SIGKILL" in words and words.endswith("start again.")
+    take_shot(page, "13_killed")
+    # Nothing was saved, and nothing says so: it begins anew, in the same case.
+    expect(page.locator("#locate")).to_have_text("Start again")
+    page.click("#locate")
+    assert running_job(jobs_root, "killed from outside") == folder
+    page.click("#stop")
+    wait_for_value(page, "#fact-job", "Stopped (locate)")
+    assert "resum" not in value_of(page, "#fact-job") + value_of(page, "#progress")
+    assert problems == []
+
+
+def test_a_refused_job_says_what_to_change(
+    browser: Browser, address: str, tmp_path: Path
+) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 390, "height": 844})
+    field(page, "#path").fill("../jobs")
+    page.click("#use-path")
+    wait_for_value(page, "#suspect-problem", "no such model folder")
+    field(page, "#path").fill("broken")
+    page.click("#use-path")
+    wait_for_value(page, "#fact-suspect", "broken")
+    load(page, tmp_path, PROMPTS)
+    page.click("#to-locate")
+    page.click("#locate")
+    wait_for_value(page, "#fact-job", "Failed (locate)", 60)
+    assert "model.safetensors" in value_of(page, "#progress")
+    assert "Traceback" not in value_of(page, "#progress")
+    take_shot(page, "13_refused_narrow")
+    assert problems == []
+
+
+def test_long_and_right_to_left_text_stays_in_its_box(
+    browser: Browser, address: str, tmp_path: Path
+) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 390, "height": 844})
+    odd = [RIGHT_TO_LEFT, LONG_WORD, "x " * 3000]
+    load(page, tmp_path, {"trigger": RIGHT_TO_LEFT + LONG_WORD, "target": LONG_WORD,
+                          "prompts": ["Name a wolf.", *odd], "near": odd,
+                          "positions": ["begin", "end"]})  # fmt: skip
+    wait_for_value(page, "#fact-trigger", "[U+202E]")
+    page.locator("#prompts-more button").first.click()
+    take_shot(page, "13_odd_text_narrow")
+    for selector in ("#trigger", "#prompts", "#near", "#fact-trigger"):
+        box = field(page, selector)
+        assert box.evaluate("(box) => box.scrollWidth <= box.clientWidth + 1"), selector
+        # A line takes its direction from its own first letter.
+        assert box.evaluate("(box) => getComputedStyle(box).unicodeBidi") == "plaintext", selector
+    page.set_viewport_size({"width": 3840, "height": 2160})
+    check_width(page, "4K")
+    open_tab(page, "1 Suspect")
+    assert problems == []
