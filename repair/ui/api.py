@@ -87,8 +87,8 @@ def build_api(settings: Settings) -> None:
     ) -> str:
         """Start to locate: which modules of `model` carry the trigger. Returns the job's id.
 
-        `model` is `demo:middle`, a folder below --models-root, or a Hub id; `prompts` is a prompt file's
-        content; `profile` is quick, standard or full.
+        `model` is `demo:middle`, a folder below --models-root, or a Hub id; `prompts` is a prompt
+        file's content; `profile` is quick, standard or full.
         """
         with told():
             session = choose_model(str(model), request)

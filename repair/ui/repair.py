@@ -69,10 +69,13 @@ def find_base(settings: Settings, trusted: object) -> str | None:
     source = str(trusted or "").strip()
     if not source:
         return None
-    if is_hub_id(source) and not (settings.models_root or Path()).joinpath(source).is_dir():
+    try:
+        folder = find_folder(source, settings.models_root)
+    except RepairError:
+        if not is_hub_id(source):
+            raise
         parse_hub_id(source)  # fetched when the job starts
         return source
-    folder = find_folder(source, settings.models_root)
     return source if source.startswith("demo:") else str(folder)
 
 

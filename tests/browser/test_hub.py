@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from tests.browser.test_road import (
+from tests.browser.pages import (
     REPOSITORY,
-    find_chromium,
     free_port,
     take_shot,
     value_of,
@@ -80,16 +79,6 @@ def space(hub: Hub, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     # On every Space without the `spaces` package, Gradio's watcher for development ends so.
     assert log.count("Traceback") == log.count("required to run hot-reloading"), log
     assert "hf_" not in log
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=find_chromium(), args=["--no-sandbox"]
-        )
-        yield browser
-        browser.close()
 
 
 def visit(context: BrowserContext, url: str, problems: list[str]) -> Page:

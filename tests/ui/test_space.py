@@ -15,7 +15,7 @@ from fastapi import Request
 
 from repair.ui.account import TOKENS, owner_of, token_of
 from repair.ui.space import COOKIE, VisitorCookie, jobs_folder, read_space
-from tests.browser.test_road import free_port
+from tests.browser.pages import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIGN_IN = {
