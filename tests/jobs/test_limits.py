@@ -38,7 +38,7 @@ def test_one_owner_cannot_fill_the_lane_and_all_together_cannot_fill_the_queue(s
         shared.submit(make_job(shared, "eve"))
     # A stopped one makes room.
     shared.stop(first)
-    wait_until(lambda: not shared.is_busy(first))
+    wait_until(lambda: not shared.waiting and not shared.is_busy(first))
     shared.check_room("ana")
 
 
