@@ -168,7 +168,11 @@ def describe_crash(folder: Path, code: int) -> str:
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-        hint = " The machine may have run out of memory." if name == "SIGKILL" else ""
+        hint = {
+            "SIGKILL": " The machine may have run out of memory.",
+            "SIGBUS": " A file that it was reading became shorter meanwhile, most likely the "
+            "model's weights: start again when nothing writes to the model folder.",
+        }.get(name, "")
         return f"The worker was ended by {name} before it could finish.{hint} " + (
             f"Its log is {folder / 'log.txt'}; what was saved is kept, and the job can be resumed."
         )

@@ -102,8 +102,12 @@ def test_stray_output_goes_escaped_to_the_log(lane):
     assert b"stray \\x1b[2J caf\\xe9" in log and b"raw \\xff bytes" in log and log.isascii()
 
 
-@pytest.mark.parametrize(("target", "words"), [("segfault", "SIGSEGV"), ("exit", "exit code 7")])
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("segfault", "SIGSEGV"), ("exit", "exit code 7"), ("truncated", "became shorter meanwhile")],
+)
 def test_a_crash_is_a_failure_in_one_clear_sentence(lane, target, words):
+    """Case 15: also where a file that is mapped into memory is cut (SIGBUS)."""
     folder, status = run_to_end(lane, target)
     assert (status.state, status.exit_code) == ("failed", 5)
     assert words in status.message and str(folder / "log.txt") in status.message
