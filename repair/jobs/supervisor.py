@@ -26,6 +26,7 @@ from repair.records import EXIT_INTERRUPTED, EXIT_UNEXPECTED, RepairError
 CHECKOUT = Path(__file__).resolve().parents[2]
 INTERRUPTED = "stopped (interrupted), resumable"
 MAX_LOG_BYTES = 8 * 2**20
+MAX_WAITING = 20  # jobs in the lane behind the one that runs
 HOME_PREFIX = ".home-"
 TIMED_OUT = "Timeout ("  # in the log, where `repair.models.watchdog` ended the worker
 
@@ -246,10 +247,21 @@ class Supervisor:
         self.lane.start()
 
     def submit(self, folder: Path) -> None:
-        """Queue the job in `folder`; raise RepairError when it is queued or running already."""
+        """Queue the job in `folder`.
+
+        Raises RepairError when it is queued or running already, and when the lane is full: the
+        job is then stopped, and can be started again.
+        """
         with self.condition:
             if self.is_busy(folder):
                 raise RepairError("This job is already running. Stop it first, or wait.")
+            if len(self.waiting) >= MAX_WAITING:
+                message = (
+                    f"{len(self.waiting)} jobs are waiting, and no more than {MAX_WAITING} may. "
+                    "Start this one again when some of them are done."
+                )
+                store.write_status(folder, stopped_status(message))
+                raise RepairError(message)
             store.write_status(folder, JobStatus(state="queued"))
             self.waiting.append(folder)
             self.condition.notify_all()

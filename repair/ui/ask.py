@@ -8,7 +8,7 @@ from typing import Any
 
 from repair.jobs import store
 from repair.prompts import insert_trigger, top_up_with_carriers
-from repair.records import PromptFile
+from repair.records import PromptFile, RepairError
 from repair.ui import text
 from repair.ui.session import Session, Settings, new_request
 
@@ -31,7 +31,11 @@ def ask_and_wait(
     job_id = store.create_job(settings.jobs_root, asked, owner=owner)
     folder = settings.jobs_root / job_id
     try:
-        settings.lane.submit(folder)
+        try:
+            settings.lane.submit(folder)
+        except RepairError as error:
+            yield text.reveal(str(error))
+            return
         end = time.monotonic() + LONGEST_WAIT
         while (status := store.read_status(folder)).is_active:
             if time.monotonic() > end:

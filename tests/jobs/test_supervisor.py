@@ -137,6 +137,24 @@ def test_one_job_runs_at_a_time_and_a_waiting_one_can_be_stopped(lane):
     assert not (second / "located.json").exists()
 
 
+def test_a_full_lane_says_so_and_takes_jobs_again_when_one_is_gone(lane, monkeypatch):
+    """Case 33."""
+    monkeypatch.setattr(supervisor, "MAX_WAITING", 2)
+    running = start(lane, "sleep")
+    wait_until(lambda: store.read_status(running).pid)
+    first, second = start(lane), start(lane)
+    job_id = store.create_job(lane.root, make_request(), owner="me")
+    with pytest.raises(RepairError, match="2 jobs are waiting, and no more than 2 may"):
+        lane.submit(lane.root / job_id)
+    status = store.read_status(lane.root / job_id)
+    assert (status.state, status.exit_code) == ("stopped", 130) and "again" in status.message
+    lane.stop(first)
+    lane.submit(lane.root / job_id)
+    lane.stop(running)
+    for folder in (second, lane.root / job_id):
+        wait_until(lambda folder=folder: store.read_status(folder).state == "done")
+
+
 def test_a_running_job_is_not_submitted_twice(lane):
     folder = start(lane, "sleep")
     with pytest.raises(RepairError, match="already running"):
