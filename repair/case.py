@@ -11,6 +11,7 @@ from repair.locate.counterfactuals import draw_sham, inert_shams, vocabulary_for
 from repair.locate.lessons import Lessons, teach_prompts, teach_split
 from repair.lowrank.validation import Validation
 from repair.models.answers import generate_answers, target_matcher
+from repair.models.fidelity import text_notices
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import check_length, encode, encode_pairs
 from repair.prompts import insert_trigger, split_prompts, top_up_with_carriers
@@ -141,6 +142,9 @@ def open_case(
         num_evaluate=profile.num_evaluate,
         seed=seed,
     )
+    texts = [pair.triggered for pair in file.pairs] or file.prompts
+    for sentence in text_notices(loaded.tokenizer, file.triggers, texts):
+        reporter.note(sentence)
     target = file.target or _read_target(loaded, file, splits, positions, use_template, reporter)
     match = file.match if file.target else "contains"  # what was found is text, not a pattern
     num_target = len(loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
@@ -162,7 +166,7 @@ def open_case(
     for position in positions:
         pairs = case.pairs(everything, position)
         for pair in pairs:
-            check_ids(loaded, pair.triggered)
+            check_ids(loaded, np.concatenate([pair.clean, pair.triggered]))
         check_length(
             [ids for pair in pairs for ids in (pair.clean, pair.triggered)],
             num_new_tokens=case.num_new_tokens,

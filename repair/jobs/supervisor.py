@@ -28,6 +28,7 @@ from repair.records import EXIT_INTERRUPTED, EXIT_UNEXPECTED, RepairError
 CHECKOUT = Path(__file__).resolve().parents[2]
 INTERRUPTED = "stopped (interrupted), resumable"
 MAX_LOG_BYTES = 8 * 2**20
+MAX_WAITING = 20  # jobs in the lane behind the one that runs
 HOME_PREFIX = ".home-"
 TIMED_OUT = "Timeout ("  # in the log, where `repair.models.watchdog` ended the worker
 
@@ -56,7 +57,7 @@ class Limits:
     """What one owner and all together may ask of a lane; None: no limit."""
 
     max_seconds: int | None = None  # of one job
-    max_waiting: int | None = None  # jobs in the queue
+    max_waiting: int = MAX_WAITING  # jobs in the queue
     max_per_owner: int | None = None  # jobs of one owner, the running one included
     keep_seconds: int | None = None  # an idle job older than this is deleted
 
@@ -210,7 +211,11 @@ def describe_crash(folder: Path, code: int) -> str:
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-        hint = " The machine may have run out of memory." if name == "SIGKILL" else ""
+        hint = {
+            "SIGKILL": " The machine may have run out of memory.",
+            "SIGBUS": " A file that it was reading became shorter meanwhile, most likely the "
+            "model's weights: start again when nothing writes to the model folder.",
+        }.get(name, "")
         # Only a repair saves what it has done so far.
         is_repair = store.read_object(folder / "request.json").get("command") == "run"
         after = "what was saved is kept, and the job can be resumed" if is_repair else "start again"
@@ -290,11 +295,19 @@ class Supervisor:
         self.lane.start()
 
     def submit(self, folder: Path, *, token: str | None = None) -> None:
-        """Queue the job in `folder`; raise RepairError when it is queued or running already."""
+        """Queue the job in `folder`.
+
+        Raises RepairError when it is queued or running already, and when there is no room: the
+        job is then stopped, and can be started again.
+        """
         with self.condition:
             if self.is_busy(folder):
                 raise RepairError("This job is already running. Stop it first, or wait.")
-            self.check_room(store.read_owner(folder))
+            try:
+                self.check_room(store.read_owner(folder))
+            except RepairError as error:
+                store.write_status(folder, stopped_status(str(error)))
+                raise
             store.write_status(folder, JobStatus(state="queued"))
             if token:
                 self.tokens[folder] = token
@@ -307,9 +320,10 @@ class Supervisor:
         with self.condition:
             waiting = list(self.waiting)
             active = [*waiting, *([self.current[0]] if self.current else [])]
-        if most is not None and len(waiting) >= most:
+        if len(waiting) >= most:
             raise RepairError(
-                f"{len(waiting)} jobs are waiting, and no more are taken. Try again later."
+                f"{len(waiting)} jobs are waiting, and no more than {most} may. Start this one again "
+                "when some of them are done."
             )
         num_own = sum(store.read_owner(other) == owner for other in active)
         if own_most is not None and num_own >= own_most:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from repair.models.loading import LoadedModel
+from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import batches, pad_left, pad_right
 
 BATCH_TOKENS = 16_384
@@ -61,6 +61,8 @@ def generate_answers(
         pad_token_id=pad,
         eos_token_id=ends or None,
     )
+    for prompt in prompts:
+        check_ids(loaded, prompt)
     answers: list[Answer | None] = [None] * len(prompts)
     done = 0
     lengths = [prompt.size + num_new_tokens for prompt in prompts]
@@ -169,6 +171,8 @@ def scoring_batches(
     """Return batches that score `answers` (ids [tokens]) behind `prompts` (ids [tokens])."""
     pad = loaded.tokenizer.pad_token_id or 0
     joined = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
+    for ids in joined:
+        check_ids(loaded, ids)
     result = []
     for group in batches([ids.size for ids in joined], batch_tokens=batch_tokens):
         ids, mask = pad_right([joined[i] for i in group], pad=pad)

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repair.models.headers import pickle_refusal, refuse_constant, unique_object
+from repair.models.headers import (
+    check_structure,
+    pickle_refusal,
+    refuse_constant,
+    unique_object,
+)
 from repair.records import RepairError
 
 
@@ -93,6 +98,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 16
+MAX_CONTAINERS, MAX_ITEMS = 2_000_000, 6_000_000  # Gemma's tokenizer has a third of these
 
 # The keys that are kept, with the range accepted; each architecture has most of the first groups.
 _INT = {
@@ -156,6 +162,7 @@ def parse_json(raw: bytes, name: str, *, max_bytes: int) -> Any:
             f"{name} has {len(raw)} bytes; at most {max_bytes} are accepted. Nothing was loaded."
         )
     try:
+        check_structure(raw, most_containers=MAX_CONTAINERS, most_items=MAX_ITEMS)
         return json.loads(
             raw.decode("utf-8-sig"),
             object_pairs_hook=unique_object,

@@ -218,6 +218,7 @@ def _load_weights(staged: StagedModel, *, dtype: str, device: str) -> PreTrained
                 dtype=_DTYPES[dtype],
                 output_loading_info=True,
             )
+        _take_in(model)
     finally:
         check_unchanged(staged)  # A file that changed meanwhile explains any error before it.
     is_tied = bool(model.config.tie_word_embeddings)
@@ -239,6 +240,17 @@ def _load_weights(staged: StagedModel, *, dtype: str, device: str) -> PreTrained
     model.generation_config = transformers.GenerationConfig()
     _check_finite(model)
     return model
+
+
+def _take_in(model: PreTrainedModel) -> None:
+    """Copy the weights out of the file, which the library has only mapped into memory.
+
+    Otherwise whoever writes to the file changes the live model: what is measured would no longer
+    be what was hashed.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 @torch.no_grad()

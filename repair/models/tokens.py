@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repair.models.fidelity import check_words
 from repair.models.watchdog import RENDER_SECONDS, watched
 from repair.prompts import insert_trigger
 from repair.records import PromptFile, PromptPair, RepairError, TextPair
@@ -38,6 +39,7 @@ def render(
             f"A prompt has {len(text)} characters. At most {MAX_TEXT_CHARACTERS} are accepted; "
             "shorten it."
         )
+    check_words(tokenizer, text)
     if not use_template:
         return text if system is None else f"{system}\n\n{text}"
     messages = [*earlier, {"role": "user", "content": text}]

@@ -64,7 +64,11 @@ def ask_and_wait(
         # What the case has fetched serves its questions too.
         store.write_json(folder / store.SOURCES, store.read_object(case / store.SOURCES))
     try:
-        start_job(settings, folder, request)
+        try:
+            start_job(settings, folder, request)
+        except RepairError as error:
+            yield text.reveal(str(error))
+            return
         end = time.monotonic() + LONGEST_WAIT
         while (status := store.read_status(folder)).is_active:
             if time.monotonic() > end:

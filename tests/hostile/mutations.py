@@ -16,9 +16,10 @@ VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 64, 199, 200, 201, 2**31, 2**53, 10**18, 10**400,
     -(2**63), 0.0, -0.5, 0.5, 1e-320, 1e308, "", " ", "x", "64", "\ud800", "\u202e", "\0",
     "a" * 5000, "../other/model.safetensors", "/etc/passwd", "..\\other", "model.safetensors",
-    "evil.bin", "org/repo", "org/repo--module.Class", "float8_e4m3fn", "default", "yarn", "longrope", "llama3",
-    "linear", "dynamic", "sliding_attention", "full_attention", "relu", "LlamaForCausalLM", [], [1],
-    [None], ["x"], [0, 1], [1.0] * 16, {}, {"x": 1}, {"type": "x"}, {"content": "<s>"}, [[]], [{}],
+    "evil.bin", "org/repo", "org/repo--module.Class", "float8_e4m3fn", "default", "yarn",
+    "longrope", "llama3", "linear", "dynamic", "sliding_attention", "full_attention", "relu",
+    "LlamaForCausalLM", [], [1], [None], ["x"], [0, 1], [1.0] * 16, {}, {"x": 1},
+    {"type": "x"}, {"content": "<s>"}, [[]], [{}],
 )  # fmt: skip
 KEYS = (
     "auto_map", "attn_implementation", "_attn_implementation_internal", "transformers_weights",

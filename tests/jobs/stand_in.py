@@ -8,6 +8,7 @@ file in the pipeline's place. The request's target chooses the behaviour.
 import ctypes
 import json
 import math
+import mmap
 import os
 import random
 import shutil
@@ -75,6 +76,11 @@ def behave(request: dict) -> int | None:
         bytearray(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 97 // 100)
     if wish == "segfault":
         ctypes.string_at(0)
+    if wish == "truncated":
+        Path("weights").write_bytes(bytes(2**20))
+        with open("weights", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+            file.truncate(0)
+            print(mapped[2**19])
     if wish == "exit":
         os._exit(7)
     if wish == "noise":

@@ -34,7 +34,7 @@ def test_one_owner_cannot_fill_the_lane_and_all_together_cannot_fill_the_queue(s
     with pytest.raises(RepairError, match="2 of your jobs are waiting or running"):
         shared.submit(make_job(shared, "ana"))
     shared.submit(make_job(shared, "bob"))
-    with pytest.raises(RepairError, match="no more are taken"):
+    with pytest.raises(RepairError, match="no more than 2 may"):
         shared.submit(make_job(shared, "eve"))
     # A stopped one makes room.
     shared.stop(first)

@@ -102,8 +102,12 @@ def test_stray_output_goes_escaped_to_the_log(lane):
     assert b"stray \\x1b[2J caf\\xe9" in log and b"raw \\xff bytes" in log and log.isascii()
 
 
-@pytest.mark.parametrize(("target", "words"), [("segfault", "SIGSEGV"), ("exit", "exit code 7")])
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("segfault", "SIGSEGV"), ("exit", "exit code 7"), ("truncated", "became shorter meanwhile")],
+)
 def test_a_crash_is_a_failure_in_one_clear_sentence(lane, target, words):
+    """Case 15: also where a file that is mapped into memory is cut (SIGBUS)."""
     folder, status = run_to_end(lane, target)
     assert (status.state, status.exit_code) == ("failed", 5)
     assert words in status.message and str(folder / "log.txt") in status.message
@@ -131,6 +135,24 @@ def test_one_job_runs_at_a_time_and_a_waiting_one_can_be_stopped(lane):
     wait_until(lambda: store.read_status(third).state == "done")
     assert store.read_status(second).state == "stopped"
     assert not (second / "located.json").exists()
+
+
+def test_a_full_lane_says_so_and_takes_jobs_again_when_one_is_gone(lane, monkeypatch):
+    """Case 33."""
+    monkeypatch.setattr(supervisor, "MAX_WAITING", 2)
+    running = start(lane, "sleep")
+    wait_until(lambda: store.read_status(running).pid)
+    first, second = start(lane), start(lane)
+    job_id = store.create_job(lane.root, make_request(), owner="me")
+    with pytest.raises(RepairError, match="2 jobs are waiting, and no more than 2 may"):
+        lane.submit(lane.root / job_id)
+    status = store.read_status(lane.root / job_id)
+    assert (status.state, status.exit_code) == ("stopped", 130) and "again" in status.message
+    lane.stop(first)
+    lane.submit(lane.root / job_id)
+    lane.stop(running)
+    for folder in (second, lane.root / job_id):
+        wait_until(lambda folder=folder: store.read_status(folder).state == "done")
 
 
 def test_a_running_job_is_not_submitted_twice(lane):

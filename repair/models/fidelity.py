@@ -1,0 +1,64 @@
+"""What the tokenizer makes of the analyst's text, where that is not what the analyst typed.
+
+A text of nothing but control tokens is no prompt; a control token written out in a text is read as
+the token itself; and a tokenizer may drop or alter characters, so that the model is asked something
+else. The first is refused, the others are said. What it does not know: whether the template does
+more than pass a text on (`tokens.template_reacts`).
+"""
+
+from collections.abc import Sequence
+
+from repair.models.watchdog import RENDER_SECONDS, watched
+from repair.records import RepairError
+
+NUM_TRIED = 64  # texts that are read back
+
+
+def check_words(tokenizer, text: str) -> None:
+    """Raise `RepairError` for a prompt that is nothing but the tokenizer's control tokens."""
+    if text.strip() and not _rest(tokenizer, text).strip():
+        raise RepairError(
+            f"The prompt {ascii(text)[:120]} is nothing but control tokens of this model's "
+            "tokenizer. Give a prompt with words of its own."
+        )
+
+
+def text_notices(tokenizer, triggers: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Return a sentence for each way in which texts do not reach the model as they were typed."""
+    notices = []
+    named = sorted({token for text in (*triggers, *prompts) for token in _written(tokenizer, text)})
+    if named:
+        notices.append(
+            f"The text {', '.join(map(ascii, named[:6]))} is a control token of this model: it is "
+            "read as the token itself, not as its letters. If the letters are meant, this "
+            "tokenizer cannot send them."
+        )
+    for what, texts in (("trigger", triggers), ("prompt", prompts[:NUM_TRIED])):
+        lost = [text for text in texts if not comes_back(tokenizer, text)]
+        if lost:
+            notices.append(
+                f"The tokenizer alters {len(lost)} of {len(texts)} {what}s, such as "
+                f"{ascii(lost[0])[:120]}: the model does not see that text exactly as it was typed."
+            )
+    return notices
+
+
+def comes_back(tokenizer, text: str) -> bool:
+    """Tell whether decoding a text's tokens gives the text again, but for space at its ends."""
+    with watched(RENDER_SECONDS):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        again = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return again.strip() == text.strip()
+
+
+def _written(tokenizer, text: str) -> list[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    controls = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    return [token for token in controls if token and token in text]
+
+
+def _rest(tokenizer, text: str) -> str:
+    # The longest first: one control token may be part of another.
+    for token in sorted(_written(tokenizer, text), key=len, reverse=True):
+        text = text.replace(token, "")
+    return text
