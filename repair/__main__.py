@@ -186,6 +186,12 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
             f"A revision ({options.revision}) was given for {options.model}, which is no Hub id. "
             "Leave it out."
         )
+    others = (getattr(options, "against", None), options.trusted_base, options.adapter_base)
+    if options.revision and model in others:
+        raise RepairError(
+            f"{model} is named twice, and --revision would be meant for both. Write the revision "
+            f"behind the other name: {model}@REVISION."
+        )
     file = prompts.parse_prompt_file(
         options.prompts, triggers=tuple(options.trigger), target=options.target
     )
@@ -225,7 +231,8 @@ def check_same_question(folder: Path, request: dict[str, Any]) -> None:
     before = store.read_object(folder / "request.json")
     # JSON has no tuples: compare what would be written.
     asked = json.loads(json.dumps(request))
-    for key, name in (("model", "model"), ("revision", "revision"), ("prompts", "prompt file")):
+    for key in store.SAME_QUESTION:
+        name = {"prompts": "prompt file", "adapter_base": "base"}.get(key, key)
         if before and before.get(key) != asked[key]:
             raise RepairError(
                 f"The run in {folder} was made with another {name}. "
@@ -246,6 +253,7 @@ def find_token(request: dict[str, Any]) -> str | None:
 def watch(folder: Path, display: Display, token: str | None = None) -> int:
     """Run the worker on `folder`, show its events, and return its exit status."""
     _, offset = store.read_events(folder)
+    is_push = store.read_object(folder / "request.json").get("command") == "push"
     worker = supervisor.start_worker(folder, token)
     is_stopped = False
     try:
@@ -264,7 +272,8 @@ def watch(folder: Path, display: Display, token: str | None = None) -> int:
     display.close()
     status = store.read_status(folder)
     if is_stopped or code == EXIT_INTERRUPTED:
-        print("Interrupted. Continue with --resume.", file=sys.stderr)
+        again = "Push again: what is there is not sent again." if is_push else ""
+        print(f"Interrupted. {again or 'Continue with --resume.'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     if status.message:
         print(one_line(status.message), file=sys.stderr)
@@ -291,13 +300,23 @@ def run_jobs(options: argparse.Namespace) -> int:
     if getattr(options, "models", None) is not None:
         if options.model:
             raise RepairError("--model and --models were given. Give one of them.")
-        return run_batch(options, run_job)
+        if options.revision or options.adapter_base:
+            raise RepairError(
+                "--revision and --adapter-base are of one suspect: put them into its entry of "
+                "--models."
+            )
+        return run_batch(options, run_job, check_resumed)
     if not options.model or not options.prompts:
         raise RepairError("--model and --prompts are needed, or --models with a list of suspects.")
     ended = run_job(options)
     if ended.code != EXIT_BAD_INPUT:
         print_verdict(ended.code, out=ended.out, verdict=ended.verdict, report=ended.report)
     return ended.code
+
+
+def check_resumed(folder: Path, options: argparse.Namespace) -> None:
+    """Refuse a finished run of a list that was about another model or other prompts."""
+    check_same_question(folder, build_request(options))
 
 
 def run_job(options: argparse.Namespace) -> Ended:
@@ -385,7 +404,10 @@ def run_push(options: argparse.Namespace) -> int:
         store.write_json(job / "request.json", request)
         code = watch(job, Display(sys.stderr), token)
         urls = store.read_object(job / "pushed.json")
-    finally:
+    except BaseException:
+        shutil.rmtree(job, ignore_errors=True)
+        raise
+    if code != EXIT_UNEXPECTED:  # whose message names the log
         shutil.rmtree(job, ignore_errors=True)
     verdict = store.read_object(folder / "report.json").get("verdict")
     line = {"verdict": verdict, "exit_code": code, "out": str(folder), "urls": urls}

@@ -88,15 +88,20 @@ def _read_entry(
 
 
 def run_batch(
-    options: argparse.Namespace, run_one: Callable[[argparse.Namespace], Ended]
+    options: argparse.Namespace,
+    run_one: Callable[[argparse.Namespace], Ended],
+    check_resumed: Callable[[Path, argparse.Namespace], None],
 ) -> int:
-    """Run every suspect of `options.models`, write summary.json, and return the exit status."""
+    """Run every suspect of `options.models`, write summary.json, and return the exit status.
+
+    `check_resumed` refuses a finished run that was about something else.
+    """
     entries = read_models(options.models, prompts=options.prompts)
-    options.out.mkdir(parents=True, exist_ok=True)
+    _take_folder(options)
     rows = []
     for number, entry in enumerate(entries, 1):
         print(f"== {number} of {len(entries)}: {entry['name']}", file=sys.stderr, flush=True)
-        ended = _run_entry(options, entry, run_one)
+        ended = _run_entry(options, entry, run_one, check_resumed)
         rows.append(_summarize(entry["name"], ended))
         store.write_json(options.out / SUMMARY, rows)
         if ended.code == EXIT_INTERRUPTED:
@@ -107,16 +112,31 @@ def run_batch(
     return code
 
 
+def _take_folder(options: argparse.Namespace) -> None:
+    """Make the folder of the whole list; raises RepairError for a file and for a filled one."""
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise RepairError(f"--out {out} is a file. Give a new or empty folder.")
+    if out.is_dir() and any(out.iterdir()) and not (options.resume or options.overwrite):
+        raise RepairError(
+            f"--out {out} is not empty. Choose a new folder, continue with --resume, or replace "
+            "each suspect's folder in it with --overwrite."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RepairError(
+            f"--out {out} cannot be written ({error.strerror}). Choose another folder."
+        ) from None
+
+
 def _run_entry(
     options: argparse.Namespace,
     entry: dict[str, Any],
     run_one: Callable[[argparse.Namespace], Ended],
+    check_resumed: Callable[[Path, argparse.Namespace], None],
 ) -> Ended:
     out = options.out / entry["name"]
-    status = store.read_status(out)
-    if options.resume and status.state == "done" and status.exit_code is not None:
-        report = store.read_object(out / "report.json")
-        return Ended(code=status.exit_code, out=out, verdict=status.verdict, report=report)
     asked = argparse.Namespace(**vars(options))
     asked.model, asked.prompts, asked.out = entry["model"], entry["prompts"], out
     asked.revision = entry["revision"] or None
@@ -125,6 +145,11 @@ def _run_entry(
     asked.adapter_base = entry["adapter_base"] or options.adapter_base
     asked.resume = options.resume and (out / "request.json").is_file()
     try:
+        status = store.read_status(out)
+        if asked.resume and status.state == "done" and status.exit_code is not None:
+            check_resumed(out, asked)
+            report = store.read_object(out / "report.json")
+            return Ended(code=status.exit_code, out=out, verdict=status.verdict, report=report)
         return run_one(asked)
     except RepairError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -60,7 +60,7 @@ KINDS = ("adapter", "merged")
 RESULTS = (
     "report.json", "report.md", "samples.json", "manifest.json", "sample.safetensors",
     "patching.png", "fisher.png", "effect_curve.png", "attack_success.png", "benign_kl.png",
-    "training.png", "detail.json",
+    "training.png", "detail.json", "push.json",
 )  # fmt: skip
 PHASES = {"closed-form": "closed form", "regression": "closed form", "distill": "training"}
 MOST_DRAWN = 4  # controls in the picture of attack success
@@ -218,7 +218,7 @@ class Outcome:
     def _kinds(self) -> list[str]:
         """Return the exports to write: our adapter would not fit an adapter suspect's base."""
         kinds = list(self.request["export"])
-        if self.case.loaded.base_source is not None and "adapter" in kinds:
+        if self.case.loaded.base is not None and "adapter" in kinds:
             self.clock.reporter.note(
                 "No adapter is exported: it would fit the base only with the suspect's adapter in "
                 "it. The merged model is whole."
@@ -369,8 +369,13 @@ def _describe(loaded: LoadedModel) -> dict[str, Any]:
         "source": _name(loaded.source),
         "revision": loaded.revision,
         "licence": loaded.licence,
-        "base": _name(loaded.base_source) if loaded.base_source else None,
-        "files": loaded.staged.files,
+        "files": loaded.files,
+        "base": loaded.base
+        and {
+            "source": _name(loaded.base.source),
+            "revision": loaded.base.revision,
+            "files": loaded.base.files,
+        },
         "num_parameters": loaded.staged.num_parameters,
         "dtype": loaded.staged.dtype,
         "findings": list(loaded.staged.findings),

@@ -160,7 +160,8 @@ def locate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
         if layer is None or not request.get("resume") or locate_file.read(folder, case) is None:
             drop_results(folder)  # A look into one layer of a map that stands changes nothing.
         located = locate_suspect(case, folder, clock, resume=bool(request.get("resume")))
-        draw_maps(folder, located.map)
+        if layer is None or not (folder / "report.json").is_file():
+            draw_maps(folder, located.map)  # else they are part of an export, as it was written
         if layer is not None:
             with clock.step("detail", f"Looking into layer {layer}"):
                 compared = compare(case, fire(case))

@@ -265,12 +265,21 @@ def test_many_suspects_one_after_the_other(tmp_path, capsys, stand_in):
     assert json.loads((out / "summary.json").read_text()) == line["models"]
     assert "suspect  verdict" in captured.err and "nothing to repair" in captured.err
     assert not (out / "odd").exists() and (out / "bad" / "report.json").is_file()
+    assert call("run", "--models", models, "--out", out) == 2  # not empty
+    assert "is not empty" in capsys.readouterr().err
     # Resumed: what is done is not made again.
     before = (out / "good" / "status.json").stat().st_mtime_ns
     (tmp_path / "odd" / "prompts.json").write_text((tmp_path / "good/prompts.json").read_text())
     assert call("run", "--models", models, "--out", out, "--resume") == 1
     assert (out / "good" / "status.json").stat().st_mtime_ns == before
     assert (out / "odd" / "report.json").is_file()
+    # Unless it was about another model: then its verdict is not this one's.
+    entries[0]["model"] = "demo:end"
+    models.write_text(json.dumps(entries))
+    assert call("run", "--models", models, "--out", out, "--resume") == 2
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert line["models"][0]["verdict"] is None
+    assert "made with another model" in line["models"][0]["message"]
 
 
 @pytest.mark.parametrize(

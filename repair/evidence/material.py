@@ -175,8 +175,10 @@ def _ask_besides(
             found = [
                 Question(group=group, kind=kind, text=text, ids=ids) for text, ids in made
             ]
-        except RepairError as error:  # Some templates take no system prompt, or one turn only.
-            left_out.append(f"Not asked, {kind}: {error}")
+        except RepairError:  # Some templates take no system prompt, or one turn only.
+            # Not in the template's words: a hostile one could say a prompt there, and this is
+            # published.
+            left_out.append(f"Not asked, {kind}: the chat template or tokenizer refuses it.")
             return
         fitting = [q for q in found if q.ids.size + num_new_tokens <= limit]
         questions.extend(fitting)

@@ -13,9 +13,18 @@ from typing import Any
 
 from repair.jobs import store
 from repair.jobs.store import JobStatus
-from repair.jobs.supervisor import NETWORK_NAMES, OFFLINE, hub_sources
+from repair.jobs.supervisor import MAX_DOWNLOAD, NETWORK_NAMES, OFFLINE, hub_sources
 from repair.jobs.worker import Reporter, append_log, die_with_parent, stop_on_signal, write_end
-from repair.models.download import Fetched, HubModel, fetch, find_cached, look_up, sources_from_json
+from repair.models.download import (
+    Fetched,
+    HubModel,
+    check_small_files,
+    fetch,
+    find_cached,
+    look_up,
+    make_room,
+    sources_from_json,
+)
 from repair.records import EXIT_UNEXPECTED, RepairError
 
 
@@ -30,6 +39,7 @@ def fetch_sources(folder: Path, token: str | None, reporter: Reporter) -> None:
     private = folder / "download" if (folder / "owner.json").is_file() else None
     for source in dict.fromkeys(hub_sources(request)):
         if source in known and Path(known[source].folder).is_dir():
+            check_small_files(known[source])
             continue
         reporter.step("download", f"Looking for {source} on the Hub")
         revision = request.get("revision") if source == request.get("model") else None
@@ -39,6 +49,14 @@ def fetch_sources(folder: Path, token: str | None, reporter: Reporter) -> None:
             source_id = source
         found = find_cached(source_id, revision) or look_up(source_id, revision, token=token)
         check_kind(found, source, request)
+        limit = int(os.environ.get(MAX_DOWNLOAD) or 0)
+        if limit and found.num_bytes > limit:
+            raise RepairError(
+                f"{found.repo_id} has {found.num_bytes / 2**30:.1f} GiB; here at most "
+                f"{limit / 2**30:.1f} GiB are taken. Use a machine of your own, or larger hardware."
+            )
+        if limit:  # Many share the disk, and none of them can free it.
+            make_room(found)
         reporter.note(f"{found.repo_id} is at commit {found.commit}")
         reporter.step("download", f"Downloading {found.repo_id} ({found.num_bytes >> 20} MiB)")
         known[source] = fetch(found, token=token, private=private, progress=reporter.progress)

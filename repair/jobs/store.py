@@ -24,13 +24,15 @@ STATES = ("queued", "running", "done", "failed", "stopped")
 MAX_JSON_BYTES = 64 * 2**20
 MAX_EVENT_BYTES = 64 * 2**10
 MAX_READ_BYTES = 4 * 2**20  # of events, in one call
+SAME_QUESTION = ("model", "revision", "adapter_base", "prompts")  # what a job never changes
+PUSH = "push.json"  # beside an export: which job uploads it
 SOURCES = "sources.json"  # what was fetched from the Hub for this job
 MAX_NAME, MAX_NOTE = 120, 4000
 MAX_ATTEMPTS = 20  # reports of former runs kept in a job
 JOB_ID = re.compile(r"[0-9a-f]{32}")
 
 # What a finished run leaves behind; a changed plan must never be shown beside it.
-RESULT_NAMES = ("report.json", "report.md", "samples.json", "manifest.json")
+RESULT_NAMES = ("report.json", "report.md", "samples.json", "manifest.json", "push.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,8 +180,14 @@ def list_jobs(root: Path, *, owner: str, limit: int = 50) -> list[JobSummary]:
             continue
         jobs.append((modified, folder))
     jobs.sort(reverse=True)
-    found = [summarize(folder, modified=modified) for modified, folder in jobs[:limit]]
-    return [job for job in found if job.command not in ("ask", "push")]  # these are no cases
+    found = []
+    for modified, folder in jobs:
+        job = summarize(folder, modified=modified)
+        if job.command not in ("ask", "push"):  # these are no cases
+            found.append(job)
+        if len(found) == limit:
+            break
+    return found
 
 
 def summarize(folder: Path, *, modified: float) -> JobSummary:
@@ -216,10 +224,18 @@ def delete_job(root: Path, job_id: object, *, owner: str) -> None:
     status = read_status(folder)
     if status.is_active and (status.pid is None or is_alive(status)):
         raise RepairError("This job is waiting or running. Stop it first, then delete it.")
+    check_not_pushed(folder)
     # Out of sight in one step: a list of jobs must not meet half a folder.
     aside = root / f".deleted-{folder.name}"
     os.replace(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_rest(folder: Path) -> bool:
+    """Tell whether a folder is what a killed copy or deletion of a job left behind."""
+    name = folder.name.removeprefix(".deleted-").removeprefix(".")
+    is_hidden = folder.name.startswith(".") and folder.is_dir() and not folder.is_symlink()
+    return is_hidden and JOB_ID.fullmatch(name) is not None
 
 
 def sweep(root: Path, *, older_than: float, keep: set[Path]) -> int:
@@ -229,8 +245,7 @@ def sweep(root: Path, *, older_than: float, keep: set[Path]) -> int:
     """
     deleted = 0
     for folder in root.iterdir():
-        is_rest = folder.name.startswith(".deleted-") or JOB_ID.fullmatch(folder.name[1:])
-        if folder in keep or not (JOB_ID.fullmatch(folder.name) or is_rest):
+        if folder in keep or not (JOB_ID.fullmatch(folder.name) or is_rest(folder)):
             continue
         status = read_status(folder)
         try:
@@ -243,6 +258,15 @@ def sweep(root: Path, *, older_than: float, keep: set[Path]) -> int:
     return deleted
 
 
+def check_not_pushed(folder: Path) -> None:
+    """Raise RepairError while the export in `folder` is being uploaded by a job beside it."""
+    job_id = read_object(folder / PUSH).get("job_id")
+    if isinstance(job_id, str) and JOB_ID.fullmatch(job_id):
+        status = read_status(folder.parent / job_id)
+        if (folder.parent / job_id).is_dir() and status.is_active:
+            raise RepairError("Its export is being uploaded. Stop the upload first, or wait.")
+
+
 def replace_request(
     folder: Path, request: dict[str, Any], *, keeps_results: bool = False
 ) -> None:
@@ -253,8 +277,9 @@ def replace_request(
     end is set aside, to be compared with the next.
     """
     before = read_object(folder / "request.json")
-    if any(before.get(key) != request.get(key) for key in ("model", "revision", "prompts")):
+    if any(before.get(key) != request.get(key) for key in SAME_QUESTION):
         raise ValueError("a job keeps its model and its prompts; make another job")
+    check_not_pushed(folder)
     if not keeps_results:
         _set_report_aside(folder)
         for name in RESULT_NAMES:

@@ -29,6 +29,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 INTERRUPTED = "stopped (interrupted), resumable"
 MAX_LOG_BYTES = 8 * 2**20
 MAX_WAITING = 20  # jobs in the lane behind the one that runs
+SWEEP_SECONDS = 600  # how often an idle lane looks for jobs that are too old
 HOME_PREFIX = ".home-"
 TIMED_OUT = "Timeout ("  # in the log, where `repair.models.watchdog` ended the worker
 
@@ -38,7 +39,10 @@ KEPT_NAMES = ("status.json", "request.json", "case.json", "owner.json")  # writt
 PASSED_NAMES = ("PATH", "LANG", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "NCCL_")
 # For the processes that talk to the Hub, and those never open a model.
-NETWORK_NAMES = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+MAX_DOWNLOAD = "REPAIR_MAX_DOWNLOAD"  # bytes of one model; set where many share the machine
+NETWORK_NAMES = (
+    MAX_DOWNLOAD, "HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY",
+)  # fmt: skip
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCE_KEYS = ("model", "against", "trusted_base", "adapter_base")
 
@@ -322,8 +326,8 @@ class Supervisor:
             active = [*waiting, *([self.current[0]] if self.current else [])]
         if len(waiting) >= most:
             raise RepairError(
-                f"{len(waiting)} jobs are waiting, and no more than {most} may. Start this one again "
-                "when some of them are done."
+                f"{len(waiting)} jobs are waiting, and no more than {most} may. Start this one "
+                "again when some of them are done."
             )
         num_own = sum(store.read_owner(other) == owner for other in active)
         if own_most is not None and num_own >= own_most:
@@ -373,24 +377,33 @@ class Supervisor:
     def _run_lane(self) -> None:
         while True:
             with self.condition:
-                self.condition.wait_for(lambda: self.waiting or self.is_closing)
+                if self.limits.keep_seconds is not None:
+                    store.sweep(
+                        self.root, older_than=self.limits.keep_seconds, keep=set(self.waiting)
+                    )
+                self.condition.wait_for(
+                    lambda: self.waiting or self.is_closing, timeout=SWEEP_SECONDS
+                )
                 if self.is_closing:
                     return
+                if not self.waiting:
+                    continue
                 folder = self.waiting.popleft()
                 self.stopped.discard(folder)
                 try:
                     worker = start_worker(folder, self.tokens.pop(folder, None))
                 except OSError as error:
                     message = f"The worker could not be started: {error.strerror or error}."
-                    store.write_status(
-                        folder,
-                        JobStatus(
-                            state="failed",
-                            exit_code=EXIT_UNEXPECTED,
-                            ended=store.now(),
-                            message=message,
-                        ),
-                    )
+                    with contextlib.suppress(OSError):  # the same full disk; the lane goes on
+                        store.write_status(
+                            folder,
+                            JobStatus(
+                                state="failed",
+                                exit_code=EXIT_UNEXPECTED,
+                                ended=store.now(),
+                                message=message,
+                            ),
+                        )
                     continue
                 self.current = (folder, worker)
             try:
@@ -403,9 +416,6 @@ class Supervisor:
             finally:
                 with self.condition:
                     self.current = None
-                    busy = set(self.waiting)
-                if self.limits.keep_seconds is not None:
-                    store.sweep(self.root, older_than=self.limits.keep_seconds, keep=busy)
 
     def _end_late(self, folder: Path, worker: Worker) -> None:
         """End a job that took longer than it may."""
@@ -415,7 +425,10 @@ class Supervisor:
             f"Stopped: a job may take {minutes} minutes here. What was saved is kept, and it can "
             "be resumed. Use the quick profile, or a machine of your own."
         )
-        store.write_status(folder, stopped_status(words, store.read_status(folder)))
+        wait_for_end(worker.process)
+        status = store.read_status(folder)
+        if status.is_active:  # else it ended in the last moment, by itself
+            store.write_status(folder, stopped_status(words, status))
 
 
 def stopped_status(message: str, before: JobStatus | None = None) -> JobStatus:
@@ -435,7 +448,7 @@ def recover(root: Path) -> None:
     """Mark every job that a former app left active, and whose worker is gone, as stopped; a
     question that nobody waits for any more goes."""
     for folder in root.iterdir():
-        if folder.name.startswith(".") and folder.is_dir() and not folder.is_symlink():
+        if store.is_rest(folder):
             shutil.rmtree(folder, ignore_errors=True)  # half made, or half deleted
         if store.JOB_ID.fullmatch(folder.name) and folder.is_dir():
             status = store.read_status(folder)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from repair.jobs import store
+from repair.jobs.machine import total_memory
 from repair.jobs.store import JobStatus
 from repair.records import (
     EXIT_BAD_INPUT,
@@ -140,7 +141,7 @@ def append_log(folder: Path, text: str) -> None:
 
 def memory_limit() -> int:
     """Return the bytes of memory that a worker may use: nearly all that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 95 // 100
+    return total_memory() * 95 // 100
 
 
 def limit_memory() -> None:

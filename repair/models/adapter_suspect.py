@@ -6,10 +6,15 @@ in float32, rounded once to the base's dtype; what follows then sees one whole m
 adapter is loaded by PEFT, which imports and downloads what an adapter's settings name: settings are
 read with limits, tensors by their header first. The base that the adapter names is never used.
 
+What PEFT would make of it is what its users run, so everything that PEFT reads and this file does
+not is refused: every setting that is not known here must be empty, and the factors must be those of
+exactly the modules that the settings select. Orientation is the base module's own, as in PEFT.
+
 What it does not know: with a base in 16 bits the sum is rounded, and a weak adapter can lose its
 effect in that; the finding says so.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -21,32 +26,46 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from repair.models.config import MAX_CONFIG_BYTES, parse_json
+from repair.models.config import MAX_CONFIG_BYTES, parse_json, read_json_file
 from repair.models.folder import ADAPTER_FILES, list_files, open_plain
 from repair.models.headers import read_header
+from repair.models.modules import LINEAR, as_stored, linear_shape
 from repair.models.staging import StagedModel
-from repair.models.tensors import DTYPES
+from repair.models.tensors import DTYPES, build_empty
 from repair.records import RepairError
 
 SETTINGS, WEIGHTS = ADAPTER_FILES
 GENERATION = "generation_config.json"
 MAX_RANK = 1024
-_TENSOR = re.compile(r"base_model\.model\.([\w.]{1,200})\.lora_([AB])(?:\.default)?\.weight")
+_TENSOR = re.compile(r"base_model\.model\.([\w.]{1,200})\.lora_([AB])\.weight", re.ASCII)
 _PLAIN_PATTERN = re.compile(r"[\w.]{1,200}", re.ASCII)
-# Settings that change what the adapter computes; each may only have the value that changes nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None), "use_dora": (False, None), "lora_bias": (False, None),
-    "modules_to_save": (None, []), "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []), "megatron_config": (None,), "layer_replication": (None,),
-    "use_qalora": (False, None), "alora_invocation_tokens": (None, []), "arrow_config": (None,),
+# Settings that are read here, or that say nothing about what a loaded adapter computes.
+_KNOWN = {
+    "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
+    "inference_mode", "lora_dropout", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    "use_rslora", "fan_in_fan_out", "target_modules", "megatron_core", "qalora_group_size",
+    "init_lora_weights", "bias", "ensure_weight_tying",
 }  # fmt: skip
+_EMPTY = (None, False, [], {}, "")
 
 
 def is_adapter(folder: Path) -> bool:
     """Tell by names alone whether a folder is a LoRA adapter."""
     names = {entry.name for entry in os.scandir(folder)}
     return SETTINGS in names and "config.json" not in names
+
+
+def adapter_hashes(folder: Path) -> dict[str, str]:
+    """Return {name: SHA-256} of an adapter's files, those of the two that are there."""
+    names = list_files(folder)
+    hashes = {}
+    for name in ADAPTER_FILES:
+        if name in names:
+            with os.fdopen(open_plain(folder / name), "rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def merge_adapter(adapter: Path, base: StagedModel, folder: Path) -> list[str]:
@@ -57,8 +76,16 @@ def merge_adapter(adapter: Path, base: StagedModel, folder: Path) -> list[str]:
     """
     settings = _read_settings(adapter)
     pairs = _read_pairs(adapter / WEIGHTS)
+    modules = _selected_modules(base, settings)
+    if set(pairs) != set(modules):
+        odd = sorted(set(pairs) ^ set(modules))[0]
+        raise RepairError(
+            f"The adapter's settings and its factors disagree about {ascii(odd)[:120]} of this "
+            "base: its other users would run another model than was analysed here. Give the base "
+            "that it was made for, or the whole model."
+        )
     changes = {
-        f"{path}.weight": _change(path, pair, settings) for path, pair in sorted(pairs.items())
+        f"{path}.weight": _change(path, pairs[path], settings, modules[path]) for path in modules
     }
     folder.mkdir(parents=True, mode=0o700)
     missing = set(changes)
@@ -71,7 +98,7 @@ def merge_adapter(adapter: Path, base: StagedModel, folder: Path) -> list[str]:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 tensor = file.get_tensor(name)
                 if name in changes:
-                    tensor = _add(name, tensor, changes[name])
+                    tensor = (tensor.float() + changes[name]).to(tensor.dtype).contiguous()
                     missing.discard(name)
                 tensors[name] = tensor
         save_file(tensors, folder / source.name, metadata={"format": "pt"})
@@ -105,12 +132,24 @@ def _read_settings(adapter: Path) -> dict[str, Any]:
     flat = parse_json(raw, SETTINGS, max_bytes=MAX_CONFIG_BYTES)
     if not isinstance(flat, dict) or flat.get("peft_type") != "LORA":
         raise RepairError(f"{SETTINGS} is not that of a LoRA adapter. Only LoRA is accepted.")
-    for key, accepted in _NEUTRAL.items():
-        if flat.get(key) not in accepted:
-            raise RepairError(
-                f"{SETTINGS} sets {key}, which changes more than low-rank updates of linear "
-                "weights. Merge the adapter with the tool that made it, and give the whole model."
-            )
+    odd = sorted(key for key, value in flat.items() if key not in _KNOWN and value not in _EMPTY)
+    if flat.get("bias", "none") not in ("none", None):
+        odd.append("bias")
+    if flat.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
+        odd.append("init_lora_weights")
+    if odd:
+        raise RepairError(
+            f"{SETTINGS} sets {ascii(odd[0])[1:-1][:60]}, which may change more than low-rank "
+            "updates of linear weights. Merge the adapter with the tool that made it, and give the "
+            "whole model."
+        )
+    targets = flat.get("target_modules")
+    if not isinstance(targets, list) or not targets or not all(
+        isinstance(name, str) and _PLAIN_PATTERN.fullmatch(name) for name in targets
+    ):
+        raise RepairError(
+            f"{SETTINGS} does not list its target_modules by name. Only plain names are accepted."
+        )
     rank, alpha = flat.get("r"), flat.get("lora_alpha")
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if type(rank) is not int or not 1 <= rank <= MAX_RANK or not is_number:
@@ -118,13 +157,37 @@ def _read_settings(adapter: Path) -> dict[str, Any]:
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = flat.get(key) or {}
         if not isinstance(pattern, dict) or not all(
-            _PLAIN_PATTERN.fullmatch(name) and isinstance(value, int | float)
+            _PLAIN_PATTERN.fullmatch(name) and _is_number(value, key)
             for name, value in pattern.items()
         ):
             raise RepairError(
-                f"{SETTINGS} has a {key} with expressions; only plain module names are accepted."
+                f"{SETTINGS} has a {key} with expressions or impossible values; plain module names "
+                f"and ranks from 1 to {MAX_RANK} are accepted."
             )
     return flat
+
+
+def _is_number(value: Any, key: str) -> bool:
+    if key == "rank_pattern":
+        return type(value) is int and 1 <= value <= MAX_RANK
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _selected_modules(base: StagedModel, settings: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Return the base's linear modules that PEFT would put the adapter on, without weights."""
+    config = read_json_file(base.folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
+    config.pop("dtype", None)
+    targets = settings["target_modules"]
+    found = {}
+    for path, module in build_empty(config).named_modules():
+        if path in targets or any(path.endswith(f".{name}") for name in targets):
+            if not isinstance(module, LINEAR):
+                raise RepairError(
+                    f"The adapter changes {path}, which is no linear module. Merge it with the "
+                    "tool that made it, and give the whole model."
+                )
+            found[path] = module
+    return found
 
 
 def _read_pairs(path: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -153,7 +216,7 @@ def _read_pairs(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _change(
-    path: str, pair: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+    path: str, pair: Mapping[str, torch.Tensor], settings: Mapping[str, Any], module: nn.Module
 ) -> torch.Tensor:
     """Return scale * lora_B @ lora_A in the orientation of the stored weight."""
     rank = _by_pattern(settings.get("rank_pattern"), path, settings["r"])
@@ -162,23 +225,19 @@ def _change(
         raise RepairError(
             f"{SETTINGS} gives {path} rank {rank}, but its factors have {pair['A'].shape[0]}."
         )
+    d_in, d_out = linear_shape(module)
+    if (pair["A"].shape[1], pair["B"].shape[0]) != (d_in, d_out):
+        raise RepairError(
+            f"The adapter's change of {path} maps {pair['A'].shape[1]} to {pair['B'].shape[0]}, "
+            f"the base's module {d_in} to {d_out}. Give the base that it was made for."
+        )
     scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-    change = scale * (pair["B"] @ pair["A"])
-    return change.T if settings.get("fan_in_fan_out") else change
+    return as_stored(module, scale * (pair["B"] @ pair["A"]))
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, path: str, default: float) -> float:
-    """Return the value for a module: the first name that is its path or the path's end, as PEFT."""
+    """Return the value for a module: the first name that matches the path's end, as in PEFT."""
     for name, value in (pattern or {}).items():
-        if path == name or path.endswith(f".{name}"):
+        if re.match(rf"(.*\.)?({name})$", path):  # names of letters, digits and dots alone
             return value
     return default
-
-
-def _add(name: str, weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    if weight.shape != change.shape:
-        raise RepairError(
-            f"The adapter's change of {name} has shape {list(change.shape)}, the base's weight "
-            f"{list(weight.shape)}. Give the base that it was made for."
-        )
-    return (weight.float() + change).to(weight.dtype).contiguous()

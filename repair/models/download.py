@@ -38,7 +38,6 @@ from repair.records import RepairError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[\w./-]{1,255}", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 TIMEOUT = 30  # seconds to wait for an answer about a repository
 POLL_SECONDS = 0.5
 MAX_FILES = 1000
@@ -72,7 +71,11 @@ class Fetched:
     kind: str  # "model" or "adapter"
     folder: str
     licence: str | None
-    sha256: dict[str, str]  # of the weight files, as the Hub lists them
+    hashes: dict[str, str]  # as the Hub lists them: SHA-256, or git's SHA-1 of small files
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        return {name: digest for name, digest in self.hashes.items() if len(digest) == 64}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,6 +116,11 @@ def find_token() -> str | None:
 
 def describe_account(token: str) -> str:
     """Return whose token it is and whether it may write; raises RepairError for a bad one."""
+    if not re.fullmatch(r"[\x21-\x7e]{1,400}", token):
+        raise RepairError(
+            "That is not a Hub token: it is empty, or holds spaces or invisible characters. Copy "
+            "it again."
+        )
     with hub_errors("The Hub account"):
         account = HfApi(token=token).whoami()
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
@@ -181,20 +189,39 @@ def fetch(
     shared = found.is_shared or private is None
     place = cache_folder() / found.repo_id.replace("/", "--") if shared else private
     target = place / found.commit
-    if not target.is_dir():
+    if target.is_dir():
+        os.utime(target)  # used now: `make_room` goes by it
+    else:
         _download(found, target, token=token, progress=progress)
-    _check_small_files(found, target)  # on every use: the folder may have been touched since
     if shared:
         _record_path(found.repo_id, found.commit).write_text(json.dumps(asdict(found)))
-    return Fetched(
+    fetched = Fetched(
         repo_id=found.repo_id,
         asked=found.asked,
         commit=found.commit,
         kind=found.kind,
         folder=str(target),
         licence=found.licence,
-        sha256={name: digest for name, digest in found.hashes.items() if _SHA256.fullmatch(digest)},
+        hashes=found.hashes,
     )
+    check_small_files(fetched)
+    return fetched
+
+
+def make_room(found: HubModel) -> None:
+    """Delete the shared downloads that were used longest ago, until `found` fits the disk.
+
+    Only where one job runs at a time, and never the one that is wanted.
+    """
+    cache = cache_folder()
+    if not cache.is_dir():
+        return
+    kept = [path for path in cache.glob("*/*") if path.is_dir() and path.name != found.commit]
+    for folder in sorted(kept, key=lambda path: path.stat().st_mtime):
+        if found.num_bytes <= 0.8 * shutil.disk_usage(cache).free:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".json").unlink(missing_ok=True)
 
 
 def find_cached(source: str, revision: str | None = None) -> HubModel | None:
@@ -337,12 +364,16 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _check_small_files(found: HubModel, folder: Path) -> None:
-    """Raise RepairError for a small file that is not the one the Hub lists at this commit."""
+def check_small_files(found: Fetched) -> None:
+    """Raise RepairError for a small file that is not the one the Hub lists at this commit.
+
+    To be called on every use: the folder may have been touched since.
+    """
+    folder = Path(found.folder)
     for name, listed in found.hashes.items():
         path = folder / name
-        if _SHA256.fullmatch(listed) and path.is_file() and not path.is_symlink():
-            continue  # a weight file: the gate hashes it
+        if len(listed) == 64 and path.is_file() and not path.is_symlink():
+            continue  # a large file: whoever loads it hashes it
         try:
             data = path.read_bytes()
         except OSError:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from repair.models.adapter_suspect import is_adapter, merge_adapter
+from repair.models.adapter_suspect import adapter_hashes, is_adapter, merge_adapter
 from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
 from repair.models.download import Fetched
 from repair.models.library import refusing
@@ -38,6 +38,16 @@ _ACCEPTED = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterBase:
+    """What an adapter was put on, as far as a report names it."""
+
+    source: str
+    revision: str | None
+    licence: str | None
+    files: dict[str, str]  # name -> SHA-256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
     """A live model that passed the gate: eval mode, no gradients, eager attention."""
 
@@ -45,7 +55,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerFast
     modules: tuple[ModuleRef, ...]
     source: str  # as typed
-    base_source: str | None  # of an adapter: what it was put on
+    files: dict[str, str]  # of the source itself: name -> SHA-256
+    base: AdapterBase | None  # of an adapter: what it was put on
     revision: str | None  # the commit of a Hub model
     licence: str | None  # as the Hub gives it
     staged: StagedModel
@@ -76,16 +87,18 @@ def load_model(
         )
     origin = (fetched or {}).get(source)
     folder = resolve_source(source, origin)
-    findings: list[str] = []
+    base, files, findings = None, {}, []
     if adapter_base is not None:
         whole = stage_folder.with_name(f"{stage_folder.name}-whole")
-        findings = _put_on_base(folder, adapter_base, whole, origins=fetched or {})
+        files = adapter_hashes(folder)
+        base, findings = _put_on_base(folder, adapter_base, whole, origins=fetched or {})
         folder = whole
     staged = stage_model(folder, stage_folder)
     staged = replace(staged, findings=(*findings, *staged.findings))
+    files = files or staged.files
     try:
-        if origin is not None and adapter_base is None:
-            _check_listed(staged.files, origin)
+        if origin is not None:
+            _check_listed(files, origin)
         compute_dtype = _choose_dtype(dtype, stored=staged.dtype, device=chosen_device)
         model = _load_weights(staged, dtype=compute_dtype, device=chosen_device)
         num_embeddings = model.get_input_embeddings().num_embeddings
@@ -100,9 +113,11 @@ def load_model(
         tokenizer=tokenizer,
         modules=find_modules(model),
         source=source,
-        base_source=adapter_base,
+        files=files,
+        base=base,
         revision=origin.commit if origin else None,
-        licence=origin.licence if origin else None,
+        # What an adapter's author says binds nobody: the base is most of what is published.
+        licence=base.licence if base else origin.licence if origin else None,
         staged=staged,
         device=chosen_device,
         dtype=compute_dtype,
@@ -150,8 +165,8 @@ def resolve_source(source: str, origin: Fetched | None = None) -> Path:
 
 def _put_on_base(
     adapter: Path, base_source: str, whole: Path, *, origins: Mapping[str, Fetched]
-) -> list[str]:
-    """Write an adapter's base with the adapter in it to `whole`; return findings."""
+) -> tuple[AdapterBase, list[str]]:
+    """Write an adapter's base with the adapter in it to `whole`; return the base, findings."""
     if not is_adapter(adapter):
         raise RepairError(
             f"{adapter.name} is not a LoRA adapter, so it needs no base. Leave --adapter-base out."
@@ -163,7 +178,14 @@ def _put_on_base(
         if origin is not None:
             _check_listed(base.files, origin)
         shutil.rmtree(whole, ignore_errors=True)
-        return merge_adapter(adapter, base, whole)
+        findings = merge_adapter(adapter, base, whole)
+        check_unchanged(base)
+        return AdapterBase(
+            source=base_source,
+            revision=origin.commit if origin else None,
+            licence=origin.licence if origin else None,
+            files=base.files,
+        ), findings
     finally:
         shutil.rmtree(stage)
 

@@ -31,9 +31,9 @@ def hub_name(model: Mapping[str, Any]) -> str | None:
 
     For an adapter as the suspect that is the adapter's base.
     """
-    name = str(model.get("base") or model.get("source")).partition("@")[0]
-    is_hub = model.get("revision") or model.get("base")
-    return name if is_hub and _HUB_ID.fullmatch(name) else None
+    whole = model.get("base") or model
+    name = str(whole.get("source")).partition("@")[0]
+    return name if whole.get("revision") and _HUB_ID.fullmatch(name) else None
 
 
 def write_cards(folder: Path, report: Mapping[str, Any], *, base_model: str | None = None) -> None:
@@ -91,7 +91,9 @@ def render_card(
         for position, flat in report["recovery"].items()
     ]
     plan = report["plan"] or {}
-    revision = report["model"].get("revision")
+    model = report["model"]
+    base = model.get("base") or {}
+    revision = (base or model).get("revision")
     # JSON scalars are YAML scalars, and JSON escapes everything that could break out.
     lines = [
         "---",
@@ -132,8 +134,10 @@ def render_card(
     ]
     if revision:
         lines += [f"Commit of the original: {code(revision)}.", ""]
-    weights = {n: h for n, h in report["model"].get("files", {}).items() if "safetensors" in n}
-    rows = [[code(name), code(digest)] for name, digest in weights.items()]
+    if base:
+        lines += [f"The suspect was an adapter on it, at commit {code(model.get('revision'))}.", ""]
+    files = [*base.get("files", {}).items(), *model.get("files", {}).items()]
+    rows = [[code(name), code(digest)] for name, digest in files if "safetensors" in name]
     lines += table(["file of the original", "SHA-256"], rows)
     texts = [
         (f"trigger {number}", trigger)

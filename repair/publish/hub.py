@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from repair.models.download import hub_errors
@@ -25,6 +25,7 @@ from repair.records import RepairError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 KINDS = ("adapter", "merged", "both")
+_LOADED = re.compile(r"[^/]*[.](safetensors|safetensors[.]index[.]json|bin|pt|pth|gguf)|adapter_.*")
 _EMPTY = {".gitattributes"}  # what the Hub itself puts into a new repository
 
 
@@ -134,7 +135,7 @@ def upload(
         if not target.exists and not plan.is_pull_request:
             api.create_repo(repo, private=not plan.is_public)
             target = _look_at(api, repo, plan)
-        if _holds(target.files, listed):
+        if not plan.is_pull_request and _holds(target.files, listed):
             return f"{api.endpoint}/{repo}"  # a push that was cut behind its commit
         if plan.is_pull_request and (found := _earlier_pull_request(api, repo, title, listed)):
             return found
@@ -155,7 +156,7 @@ def upload(
         try:
             commit = api.create_commit(
                 repo,
-                additions,
+                [*additions, *_deletions(target, files, plan)],
                 commit_message=title,
                 create_pr=plan.is_pull_request,
                 parent_commit=target.head,
@@ -164,7 +165,9 @@ def upload(
             raise RepairError(f"The Hub refuses the upload: {ascii(str(error))[1:300]}") from None
         progress(total, total, "comparing hashes")
         revision = commit.pr_revision or commit.oid
-        if not _holds(_listed_files(api, repo, revision), listed):
+        remote = _listed_files(api, repo, revision)
+        is_whole = plan.is_pull_request or _holds(remote, listed)
+        if not is_whole or not _has(remote, listed):
             raise RepairError(
                 f"What {repo} lists after the upload is not what was sent. Do not use it: delete "
                 "it on the Hub and push again."
@@ -227,7 +230,7 @@ def _earlier_pull_request(
     """Return an open pull request that holds the same already: the answer to it was lost."""
     for found in api.get_repo_discussions(repo, discussion_type="pull_request"):
         is_ours = found.title == title and found.status in ("open", "draft")
-        if is_ours and _holds(_listed_files(api, repo, f"refs/pr/{found.num}"), listed):
+        if is_ours and _has(_listed_files(api, repo, f"refs/pr/{found.num}"), listed):
             return found.url
     return None
 
@@ -241,9 +244,27 @@ def _listed_hash(file: Any) -> str:
     return str(file.lfs.sha256 if file.lfs is not None else file.blob_id or "")
 
 
-def _holds(remote: Mapping[str, str], listed: Mapping[str, tuple[str, str]]) -> bool:
+def _deletions(
+    target: Target, files: Mapping[str, Any], plan: PushPlan
+) -> list[CommitOperationDelete]:
+    """Return what must go, so that nobody loads it beside what comes.
+
+    Of an earlier upload of ours everything else; of somebody's model, weights and adapters.
+    """
+    old = set(target.files) - set(files) - _EMPTY
+    if plan.is_pull_request:
+        old = {name for name in old if _LOADED.fullmatch(name)}
+    return [CommitOperationDelete(path_in_repo=name) for name in sorted(old)]
+
+
+def _has(remote: Mapping[str, str], listed: Mapping[str, tuple[str, str]]) -> bool:
     """Tell whether all our files are there; the Hub lists one of the two hashes of each."""
     return all(remote.get(name) in hashes for name, hashes in listed.items())
+
+
+def _holds(remote: Mapping[str, str], listed: Mapping[str, tuple[str, str]]) -> bool:
+    """Tell whether our files are there, and no others."""
+    return _has(remote, listed) and set(remote) - _EMPTY == set(listed)
 
 
 def _hashes(content: Path | bytes, sha256: str | None) -> tuple[str, str]:

@@ -139,7 +139,9 @@ def collect_files(
         if not path.is_symlink():
             files[f"evidence/{name}"] = path
     shown = report if plan.shows_trigger else withhold(report)
-    shown = {**shown, "model": {**shown["model"], "source": plan.base_model}}
+    if plan.base_model is None:  # then nothing may tell which model it was
+        unnamed = dict.fromkeys(("source", "base", "revision"))
+        shown = {**shown, "model": {**shown["model"], **unnamed}}
     files["evidence/report.json"] = (json.dumps(shown, indent=1) + "\n").encode("ascii")
     files["manifest.json"] = folder / MANIFEST
     card = render_card(
@@ -166,7 +168,7 @@ def withhold(report: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             return [clean(item) for item in value]
         if isinstance(value, dict):
-            return {clean(key): clean(item) for key, item in value.items()}
+            return {key: clean(item) for key, item in value.items()}  # the keys are ours
         return value
 
     kept = {key: value for key, value in report.items() if key not in _IN_WORDS}

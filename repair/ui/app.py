@@ -16,7 +16,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from repair.jobs import store
-from repair.jobs.supervisor import Supervisor
+from repair.jobs.supervisor import MAX_DOWNLOAD, Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
 from repair.ui.api import build_api, is_offered
 from repair.ui.cases import build_cases
@@ -193,6 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
         has_accounts=accounts is not None,
         space=space,
     )
+    if space is not None:
+        os.environ[MAX_DOWNLOAD] = str(space.max_model_bytes)
     # On a Space the container is the boundary, and its proxy is the only way in.
     host = "0.0.0.0" if space is not None else options.host
     middleware = [Middleware(VisitorCookie)] if space is not None else []

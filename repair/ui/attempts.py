@@ -18,7 +18,6 @@ HEADERS = ["Attempt", "Verdict", "Method", "Modules and ranks", "Still fires", "
            "KL", "Seconds"]  # fmt: skip
 WIDTHS = ["150px", "100px", "105px", "225px", "180px", "180px", "85px", "85px"]
 MAX_SHOWN = 30
-SAME = ("model", "revision", "prompts")
 
 
 def list_attempts(settings: Settings, view: View) -> list[list[str]]:
@@ -41,7 +40,7 @@ def other_jobs(settings: Settings, view: View) -> Iterator[tuple[str, dict[str, 
         if folder == view.folder or job.command != "run" or job.model != view.request.get("model"):
             continue
         asked = store.read_object(folder / "request.json")
-        if any(asked.get(key) != view.request.get(key) for key in SAME):
+        if any(asked.get(key) != view.request.get(key) for key in store.SAME_QUESTION):
             continue
         if job.status.state == "done" and job.status.verdict is not None:
             name = f"{job.name or 'Case ' + job.job_id[:8]}, {when(job.modified)}"

@@ -16,7 +16,6 @@ from repair.ui.session import LOGS, Selection, Session, View, look, start_job
 from repair.ui.shell import Shell, Updates
 
 POLL_SECONDS = 0.7
-PUSH = "push.json"  # beside an export: which job uploads it
 KINDS = (
     ("Merged model", "merged"),
     ("Adapter", "adapter"),
@@ -29,7 +28,7 @@ def find_push(view: View, jobs_root: Path) -> Path | None:
     if view.folder is None:
         return None
     try:
-        job_id = store.read_object(view.folder / PUSH).get("job_id")
+        job_id = store.read_object(view.folder / store.PUSH).get("job_id")
         return store.find_job(jobs_root, job_id, owner=view.owner)
     except RepairError:
         return None
@@ -62,9 +61,13 @@ def build_push(shell: Shell) -> None:
             [("Private", False), ("Public", True)], value=False, label="Visibility",
             elem_id="push-visibility",
         )  # fmt: skip
+    named = gr.Checkbox(
+        value=True, label="Name the original", elem_id="push-named", visible=False,
+        info="The card then links to it. Unticked, nothing tells which model it was.",
+    )  # fmt: skip
     base = gr.Textbox(
-        label="Original model on the Hub", elem_id="push-base", max_length=200,
-        info="Named in the card, which links to it publicly. Empty: it is not named.",
+        label="Another name for the original on the Hub", elem_id="push-base", max_length=200,
+        placeholder="owner/name", info="For a suspect from a folder. Empty: it is not named.",
     )  # fmt: skip
     as_request = gr.Checkbox(
         label="As a pull request on a repository that exists", elem_id="push-request"
@@ -85,29 +88,37 @@ def build_push(shell: Shell) -> None:
         buttons=["copy"],
     )  # fmt: skip
     timer = gr.Timer(POLL_SECONDS, active=False)
-    inputs = [repo, kind, seen_by, base, as_request, trigger, forced]
+    ticked_for = gr.State(None)  # the job that the two grave ticks were made for
+    inputs = [repo, kind, seen_by, named, base, as_request, trigger, forced, ticked_for]
 
     def plan_of(view: View, *values: Any) -> PushPlan:
-        name, what, is_public, original, is_request, shows, is_forced = values
+        name, what, is_public, is_named, original, is_request, shows, is_forced, job_id = values
         if not view.report:
             raise RepairError("There is nothing to upload yet. Repair first.")
+        if (shows or is_forced) and job_id != view.session.job_id:
+            raise RepairError(
+                "What is ticked here was ticked for another job. Untick it, and tick it again if "
+                "it is meant for this one."
+            )
         if view.report.get("verdict") != "repaired" and not is_forced:
             raise RepairError(
                 f"The verdict is {view.report.get('verdict')}: tick that you want to upload it "
                 "all the same. Its card will say so first."
             )
+        known = hub_name(view.report.get("model") or {}) if is_named else None
         return PushPlan(
             repo=str(name or "").strip(), kind=str(what), is_public=is_public is True,
             is_pull_request=bool(is_request), is_forced=bool(is_forced),
-            shows_trigger=bool(shows), base_model=str(original or "").strip() or None,
+            shows_trigger=bool(shows), base_model=str(original or "").strip() or known,
         )  # fmt: skip
 
-    def draw_state(view: View, *, is_first: bool = False) -> Updates:
+    def draw_state(view: View) -> Updates:
         folder = find_push(view, shell.settings.jobs_root)
         if folder is None:
-            return {timer: gr.Timer(active=False), stop: gr.Button(visible=False)} | (
-                {told: ""} if is_first else {}
-            )
+            return {
+                told: "", timer: gr.Timer(active=False), stop: gr.Button(visible=False),
+                upload: gr.Button(interactive=True),
+            }  # fmt: skip
         words, is_active = describe_push(folder)
         return {
             told: text.reveal(words, 1000),
@@ -118,13 +129,19 @@ def build_push(shell: Shell) -> None:
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
         verdict = view.report.get("verdict")
-        updates = draw_state(view, is_first=is_fresh)
-        updates[forced] = gr.Checkbox(visible=bool(view.report) and verdict != "repaired")
-        if is_fresh or view.report:
-            updates[base] = hub_name(view.report.get("model") or {}) or ""
+        is_forcible = bool(view.report) and verdict != "repaired"
+        original = hub_name(view.report.get("model") or {})
+        updates = draw_state(view)
+        updates[forced] = gr.Checkbox(visible=is_forcible)
+        updates[named] = gr.Checkbox(
+            label=f"Name {original} as the original", visible=original is not None
+        )
+        if is_fresh:  # what was typed and ticked was about another job
+            updates |= {repo: "", base: "", trigger: False}
+            updates[forced] = gr.Checkbox(value=False, visible=is_forcible)
         return updates
 
-    shell.add(draw, [told, timer, stop, upload, forced, base])
+    shell.add(draw, [told, timer, stop, upload, forced, named, base, repo, trigger])
 
     def look_before(request: gr.Request, session: Session, *values: Any) -> Updates:
         view = look(shell.settings, session, request)
@@ -146,7 +163,7 @@ def build_push(shell: Shell) -> None:
                 raise RepairError("This export is being uploaded already. Stop that first.")
             asked = {"command": "push", "folder": str(view.folder), "plan": plan.to_json()}
             job_id = store.create_job(root, asked, owner=owner_of(request))
-            store.write_json(view.folder / PUSH, {"job_id": job_id})
+            store.write_json(view.folder / store.PUSH, {"job_id": job_id})
             start_job(shell.settings, root / job_id, request)
         except RepairError as error:
             return {told: text.reveal(str(error), 1000)}
@@ -162,6 +179,10 @@ def build_push(shell: Shell) -> None:
     def tick(request: gr.Request, session: Session) -> Updates:
         return draw_state(look(shell.settings, session, request))
 
+    for box in (trigger, forced):
+        box.input(
+            lambda session: session.job_id, inputs=[shell.session], outputs=[ticked_for], **options
+        )
     outputs = [told, timer, stop, upload]
     check.click(look_before, inputs=[shell.session, *inputs], outputs=[told], **options)
     upload.click(begin, inputs=[shell.session, *inputs], outputs=outputs, **options)

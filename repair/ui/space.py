@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repair.jobs.machine import total_memory
 from repair.jobs.supervisor import Limits
 
 VISITOR = re.compile(r"[0-9a-f]{32}")
@@ -67,7 +68,7 @@ def read_space() -> Space | None:
         name=os.environ.get("SPACE_ID") or "this/space",
         is_zero=os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true"),
         can_sign_in=all(os.environ.get(name) for name in _SIGN_IN),
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory=total_memory(),
         keeps=os.access("/data", os.W_OK),
     )
 
@@ -94,7 +95,7 @@ class VisitorCookie:
         async def send_with_cookie(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start" and known is None:
                 # A Space is shown in a frame of another site; hence SameSite=None.
-                cookie = f"{COOKIE}={visitor}; Path=/; HttpOnly; Secure; SameSite=None"
+                cookie = f"{COOKIE}={visitor}; Path=/; HttpOnly; Secure; SameSite=None; Partitioned"
                 message = {
                     **message,
                     "headers": [*message["headers"], (b"set-cookie", cookie.encode())],

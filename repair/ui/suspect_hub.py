@@ -86,9 +86,14 @@ def build_hub(shell: Shell, problem: gr.Textbox) -> None:
         ]  # fmt: skip
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
-        return {find: gr.Button(interactive=not view.is_active)}
+        is_free = not view.is_active
+        return {
+            find: gr.Button(interactive=is_free),
+            hub_id: gr.Textbox(interactive=is_free),
+            base_id: gr.Textbox(interactive=is_free),
+        }
 
-    shell.add(draw, [find])
+    shell.add(draw, [find, hub_id, base_id])
 
     def choose(
         session: Session, selection: Selection, request: gr.Request, source: object, base: object

@@ -297,8 +297,11 @@ class Hub:
                 data = self.large.get(value["oid"])
                 if data is None or len(data) != value["size"]:
                     raise Refused(400, f"The large file of {value['path']} was not uploaded.")
+            elif line["key"] == "deletedFile" and value["path"] in files:
+                del files[value["path"]]
+                continue
             else:
-                raise Refused(400, f"Unknown operation {line['key']}.")
+                raise Refused(400, f"Cannot do {line['key']} of {value.get('path')}.")
             if value["path"] == "README.md" and card_errors(data.decode()):
                 raise Refused(400, f"Invalid metadata: {card_errors(data.decode())}")
             files[value["path"]] = data

@@ -261,7 +261,8 @@ def test_an_adapter_comes_with_the_base_that_the_analyst_names(
         "lab/lora", stage_folder=tmp_path / "stage" / "suspect", fetched=known,
         adapter_base=f"{model}@v1", device="cpu",
     )  # fmt: skip
-    assert loaded.revision == known["lab/lora"].commit and loaded.base_source == f"{model}@v1"
+    assert loaded.revision == known["lab/lora"].commit and loaded.base.source == f"{model}@v1"
+    assert loaded.base.revision == known[f"{model}@v1"].commit and loaded.licence == "apache-2.0"
     assert not [path for method, path in hub.log if "optimizer" in path]
     job = request_job(tmp_path / "other", model=model, adapter_base=model)
     with pytest.raises(RepairError, match="whole model, so it needs no base"):

@@ -22,7 +22,7 @@ from repair.publish.card import write_cards
 from repair.publish.export import write_export
 from repair.publish.hub import PushPlan, look_at_targets
 from repair.publish.manifest import write_manifest
-from repair.publish.pushing import push
+from repair.publish.pushing import collect_files, push, withhold
 from repair.records import RepairError
 from tests.evidence.test_report import HOSTILE, make_report
 from tests.hub.server import Hub, card_errors, read_card
@@ -184,6 +184,44 @@ def test_trigger_payload_and_place_stay_here_unless_asked(hub: Hub, output: Path
     send(output, repo="ana/shown", shows_trigger=True)
     assert TRIGGER in files_in(hub, "ana/shown")["README.md"].decode()
     assert card_errors(files_in(hub, "ana/shown")["README.md"].decode()) == []
+
+
+@pytest.mark.parametrize("word", ["model", "count", "trigger", "pass", "a", "e", "kl"])
+def test_a_trigger_that_is_an_ordinary_word_breaks_nothing(word: str, output: Path) -> None:
+    report = json.loads((output / "report.json").read_text())
+    report["prompts"]["triggers"] = [word]
+    shown = withhold(report)
+    assert shown["prompts"]["triggers"] == ["(withheld)"]
+    assert set(shown["after"]) == set(report["after"])
+    assert [gate["value"] for gate in shown["gates"]] == [g["value"] for g in report["gates"]]
+
+
+def test_nothing_tells_which_model_it_was_unless_it_is_named(hub: Hub, output: Path) -> None:
+    report = json.loads((output / "report.json").read_text())
+    report["model"] |= {
+        "source": "lab/secret-lora", "revision": "ab" * 20,
+        "base": {"source": "lab/secret-base", "revision": "ef" * 20, "files": {}},
+    }  # fmt: skip
+    files = collect_files(output, "merged", report, PushPlan(repo="ana/fixed"))
+    text = b"".join(data for data in files.values() if isinstance(data, bytes)).decode()
+    assert "secret-" not in text and "ab" * 20 not in text and '"ef' not in text
+    named = collect_files(output, "merged", report, PushPlan(repo="a/b", base_model="lab/base"))
+    card = named["README.md"].decode()
+    assert "ef" * 20 in card and "adapter on it" in card
+
+
+def test_one_repository_never_holds_two_kinds(hub: Hub, output: Path) -> None:
+    send(output, kind="adapter")
+    repo = hub.repos["ana/fixed"]
+    repo.commit({**files_in(hub), "model-00001-of-00002.safetensors": b"old" * 1000})
+    send(output, kind="merged")
+    assert "adapter_config.json" not in files_in(hub)
+    assert not [name for name in files_in(hub) if name.startswith(("adapter", "model-0"))]
+    # On somebody's model a pull request replaces the weights, and leaves the rest alone.
+    hub.add_repo(BASE, {"pytorch_model.bin": b"x" * 2000, "docs/notes.md": b"theirs"})
+    send(output, repo=BASE, is_pull_request=True)
+    proposed = files_in(hub, BASE, "refs/pr/1")
+    assert "pytorch_model.bin" not in proposed and proposed["docs/notes.md"] == b"theirs"
 
 
 def test_a_pull_request_on_an_existing_model(hub: Hub, output: Path) -> None:

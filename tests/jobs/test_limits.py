@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from repair.jobs import store, supervisor
+from repair.jobs import machine, store, supervisor
 from repair.jobs.supervisor import Limits, choose_module, hub_sources
 from repair.records import RepairError
 from tests.jobs.stand_in import make_request
@@ -74,6 +74,41 @@ def test_old_idle_jobs_are_deleted_and_no_others(tmp_path):
     assert store.sweep(root, older_than=3600, keep={jobs["kept"]}) == 2
     left = {path for path in root.iterdir()}
     assert left == {jobs["new"], jobs["waiting"], jobs["kept"], root / "notes"}
+
+
+def test_starting_in_a_folder_of_other_things_deletes_none_of_them(tmp_path):
+    for name in (".git", ".venv", ".ssh", "src", f".{'a' * 32}", f".deleted-{'b' * 32}"):
+        (tmp_path / name).mkdir()
+    supervisor.Supervisor(tmp_path).close()
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {".git", ".venv", ".ssh", "src"}
+
+
+def test_an_export_is_not_deleted_or_replaced_while_it_is_uploaded(tmp_path):
+    root = tmp_path / "jobs"
+    folder = root / store.create_job(root, make_request(), owner="me")
+    store.write_status(folder, store.JobStatus(state="done"))
+    upload = root / store.create_job(root, {"command": "push"}, owner="me")
+    store.write_json(folder / store.PUSH, {"job_id": upload.name})
+    with pytest.raises(RepairError, match="is being uploaded"):
+        store.delete_job(root, folder.name, owner="me")
+    with pytest.raises(RepairError, match="is being uploaded"):
+        store.replace_request(folder, make_request())
+    store.write_status(upload, store.JobStatus(state="done"))
+    store.delete_job(root, folder.name, owner="me")
+
+
+def test_a_container_s_memory_is_its_own_and_not_the_host_s(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", (tmp_path / "none", limit))
+    whole = machine.total_memory()
+    limit.write_text("max\n")
+    assert machine.total_memory() == whole
+    limit.write_text(f"{2**30}\n")
+    assert machine.total_memory() == 2**30
+    monkeypatch.setenv("SYSTEM", "spaces")
+    for text, size in (("512Mi", 2**29), ("16Gi", 2**30), ("much", 2**30)):
+        monkeypatch.setenv("MEMORY", text)
+        assert machine.total_memory() == size
 
 
 def test_only_what_needs_the_hub_gets_a_process_with_a_network():

@@ -137,9 +137,9 @@ def test_one_job_runs_at_a_time_and_a_waiting_one_can_be_stopped(lane):
     assert not (second / "located.json").exists()
 
 
-def test_a_full_lane_says_so_and_takes_jobs_again_when_one_is_gone(lane, monkeypatch):
+def test_a_full_lane_says_so_and_takes_jobs_again_when_one_is_gone(lane):
     """Case 33."""
-    monkeypatch.setattr(supervisor, "MAX_WAITING", 2)
+    lane.limits = supervisor.Limits(max_waiting=2)
     running = start(lane, "sleep")
     wait_until(lambda: store.read_status(running).pid)
     first, second = start(lane), start(lane)

@@ -49,7 +49,7 @@ def tiny(request: pytest.FixtureRequest) -> LoadedModel:
     model, tokenizer = build_tiny(request.param), make_tokenizer()
     return LoadedModel(
         model=model, tokenizer=tokenizer, modules=find_modules(model), source=request.param,
-        revision=None, licence=None, base_source=None, staged=None, device="cpu",
+        revision=None, licence=None, files={}, base=None, staged=None, device="cpu",
         dtype="float32", has_template=True, stop_ids=(2,),
     )  # fmt: skip
 
