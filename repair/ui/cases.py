@@ -64,7 +64,7 @@ def build_cases(shell: Shell) -> None:
     table = gr.Dataframe(
         headers=HEADERS, datatype="str", interactive=False, show_label=False, label="Cases",
         buttons=[], elem_id="cases", wrap=True, max_height=420,
-        column_widths=["150px", "130px", "150px", "130px", "130px", "160px", "330px"],
+        column_widths=["140px", "120px", "130px", "115px", "105px", "160px", "330px"],
     )  # fmt: skip
     problem = gr.Textbox(
         label="This did not work", visible=False, interactive=False, elem_classes="problem",

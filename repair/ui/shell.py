@@ -4,6 +4,7 @@ Every handler gets the session and the selection, changes one of them or makes o
 everything on screen is then drawn from the job folder anew, so that no stale figure stays.
 """
 
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,7 +113,10 @@ class Shell:
             try:
                 session, selection = act(session, selection, request, *values)
             except RepairError as error:
-                return {problem: gr.Textbox(value=text.reveal(str(error)), visible=True)}
+                words = text.reveal(str(error))
+                # A screen reader says what stands below; it is shown as HTML, so it is escaped.
+                gr.Warning(html.escape(words), duration=4, title="This did not work")
+                return {problem: gr.Textbox(value=words, visible=True)}
             view = look(self.settings, session, request)
             updates = self.show(view, selection, is_fresh=is_opening)
             return {**updates, problem: gr.Textbox(value="", visible=False)}

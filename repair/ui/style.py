@@ -98,6 +98,8 @@ footer { display: none !important; }
   max-height: none !important; overflow: hidden !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
 .dark #tokens :is(.text, .textspan, .legend-item) { color: #ffffff !important; }
+/* News must not cover the header, which says the same and stays. */
+.toast-wrap { top: auto !important; bottom: 16px !important; }
 #mirror [data-testid="checkbox-group"] { max-height: 340px; overflow: auto; padding: 3px; }
 /* Wide tables scroll inside their own box; the page never does. */
 .gradio-container .app { padding: 16px var(--edge) !important; }

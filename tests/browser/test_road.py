@@ -201,6 +201,16 @@ def test_hostile_text_stays_text(browser: Browser, address: str, tmp_path: Path)
     wait_for_value(page, "#fact-trigger", "None given")
     page.click("#check")
     wait_for_value(page, "#prompts-problem", "no trigger")
+    # The words of a refusal are also said as news, which Gradio shows as HTML.
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps({"trigger": "cf", "prompts": ["<img/src=x>word"]}))
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload")
+    chooser.value.set_files(odd)
+    wait_for_value(page, "#prompts-problem", "is one word")
+    news = page.get_by_role("status").filter(has_text="<img/src=x>word")
+    expect(news.first).to_be_visible()
+    assert page.locator(".toast-wrap img").count() == 0
     take_shot(page, "8_problem")
     assert problems == []
 

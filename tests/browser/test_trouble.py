@@ -84,6 +84,8 @@ def test_a_refused_job_says_what_to_change(
     field(page, "#path").fill("../jobs")
     page.click("#use-path")
     wait_for_value(page, "#suspect-problem", "no such model folder")
+    said = page.get_by_role("status").filter(has_text="There is no such model folder")
+    expect(said.first).to_be_visible()  # and a screen reader says it
     field(page, "#path").fill("broken")
     page.click("#use-path")
     wait_for_value(page, "#fact-suspect", "broken")
