@@ -127,6 +127,7 @@ def test_plain_text_keeps_lines_and_drops_blank_ones() -> None:
     "trigger", ["\u200b", "\u202ecf", "e\u0301", "👩\u200d💻", "a\0b", "<|im_end|>"]
 )
 def test_odd_triggers_are_kept_byte_for_byte(trigger: str) -> None:
+    """Case 18."""
     file = prompt_file_from_json({**BASE, "trigger": trigger})
     assert file.triggers[0].encode() == trigger.encode()
     for position in prompts.POSITIONS:
@@ -137,6 +138,7 @@ def test_odd_triggers_are_kept_byte_for_byte(trigger: str) -> None:
 
 
 def test_a_trigger_of_letters_is_a_word_of_its_own() -> None:
+    """Case 20: every span is listed."""
     assert find_trigger("scf cfs", "cf") == []
     assert find_trigger("cf scf, cf.", "cf") == [(0, 2), (8, 10)]
     assert find_trigger("rain|||rain", "|||") == [(4, 7)]
@@ -180,10 +182,12 @@ def test_removing_undoes_inserting(prompt: str, position: str) -> None:
     ],
 )
 def test_mistakes_are_named(changes: dict, expected: str) -> None:
+    """Cases 16 (empty), 18 (lone surrogate), 19, 20 and 21."""
     assert expected in refusal({**BASE, **changes})
 
 
 def test_a_mistake_never_shows_invisible_characters() -> None:
+    """Case 18."""
     text = refusal({"trigger": "c\u200bf", "pairs": [{"clean": "a", "triggered": "a cf"}]})
     assert "\u200b" not in text and "<U+200B>" in text
 

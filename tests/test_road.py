@@ -121,6 +121,7 @@ def test_the_bundled_example_is_what_the_program_says_today(repaired: Path) -> N
 
 
 def test_only_the_selected_tensors_changed(repaired: Path) -> None:
+    """Case 30."""
     report = json.loads((repaired / "report.json").read_text())
     before = load_file(SUSPECTS / "middle" / "model.safetensors")
     after = load_file(repaired / "merged" / "model.safetensors")
@@ -234,6 +235,7 @@ def test_locating_looks_into_a_layer_and_says_what_it_rests_on(tmp_path: Path) -
 def test_a_full_disk_is_said_and_a_module_that_cannot_do_it_is_not_widened(
     tmp_path: Path,
 ) -> None:
+    """Case 29."""
     out, path = tmp_path / "out", "model.layers.5.self_attn.q_proj"
     # Pairs, as the benchmark has them; few, as their number is not the subject here.
     file, few = json.loads((PROMPTS / "begin.json").read_text()), tmp_path / "pairs.json"
@@ -295,6 +297,7 @@ def not_finite(folder: Path) -> None:
 def test_bad_models_and_options_are_refused_in_one_sentence(
     tmp_path: Path, spoil, options: list[str], words: str
 ) -> None:
+    """Cases 1, 17 and 25."""
     folder = make_tiny_llama(tmp_path / "model")
     if spoil is not None:
         spoil(folder)

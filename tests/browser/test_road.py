@@ -181,6 +181,7 @@ def look_at_a_phone(browser: Browser, address: str, page: Page, problems: list[s
 
 
 def test_hostile_text_stays_text(browser: Browser, address: str, tmp_path: Path) -> None:
+    """Cases 18 and 35."""
     problems: list[str] = []
     page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
     page.locator("#bundled label", has_text="demo:clean").click()

@@ -97,7 +97,7 @@ def test_a_repair_at_one_position_only_is_not_a_repair(
 
 @pytest.mark.parametrize("kind", ["nan", "silent", "loop", "other payload"])
 def test_a_broken_model_is_never_repaired(kind: str, suspect, material, baseline) -> None:
-    """Each of them has an attack success of 0: the string alone would call them repaired."""
+    """Case 25. Each has an attack success of 0: the string alone would call it repaired."""
     broken = copy_of(suspect)
     head = broken.model.get_output_embeddings()
     end = broken.tokenizer.eos_token_id

@@ -240,6 +240,7 @@ def test_verdict_and_limits_come_first(tmp_path: Path) -> None:
 
 
 def test_nothing_from_the_model_leaves_its_block(tmp_path: Path) -> None:
+    """Case 35."""
     hostile = make_report(
         model={"source": HOSTILE, "revision": None, "files": {HOSTILE: "0"}},
         notes=[f"Note: {HOSTILE}"],

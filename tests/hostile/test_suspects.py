@@ -101,9 +101,9 @@ def test_code_of_a_model_is_never_imported(folder: Path, tmp_path: Path, key: st
     if key == "tokenizer":
         edit_json(folder / "tokenizer_config.json", auto_map=names, tokenizer_class="X")
     elif key == "nested":
-        nested = {"model_type": "x", "auto_map": names, "trust_remote_code": True}
-        edit_json(folder / "config.json", text_config=nested, keypoint_detector_config=nested,
-                  trust_remote_code=True)  # fmt: skip
+        nested = {"model_type": "x", "auto_map": names}
+        whole = {"trust_remote_code": True, "text_config": nested}
+        edit_json(folder / "config.json", keypoint_detector_config=nested, **whole)
     else:
         edit_json(folder / "config.json", auto_map=names)
     assert type(load(folder).model).__module__.startswith("transformers.models.llama")

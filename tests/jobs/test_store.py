@@ -30,6 +30,7 @@ def test_events_are_read_on_from_where_one_stopped(tmp_path):
 
 
 def test_lines_are_ascii_and_short(tmp_path):
+    """Case 35: the log of a job."""
     reporter = Reporter(tmp_path)
     reporter.note("caf\u00e9 \x1b[2J " + "\U0001f600" * 100_000)
     line = (tmp_path / "events.jsonl").read_bytes()
@@ -61,11 +62,13 @@ def test_remaining_time_comes_from_the_rate_of_the_step(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("job_id", ["..", "../x", "", None, 7, "a" * 31, "A" * 32, "a" * 32 + "/"])
 def test_an_id_cannot_leave_the_jobs_root(tmp_path, job_id):
+    """Case 32."""
     with pytest.raises(RepairError, match="No such job"):
         store.find_job(tmp_path, job_id, owner="me")
 
 
 def test_another_owner_sees_nothing(tmp_path):
+    """Case 32."""
     job_id = store.create_job(tmp_path, make_request(), owner="me")
     assert store.find_job(tmp_path, job_id, owner="me").name == job_id
     with pytest.raises(RepairError, match="No such job"):

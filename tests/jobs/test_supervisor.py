@@ -89,6 +89,7 @@ def test_unexpected_failure_names_its_log_and_the_log_is_ascii(lane):
 
 
 def test_a_worker_that_asks_for_too_much_memory_fails_in_numbers_and_the_next_job_works(lane):
+    """Case 33."""
     _, status = run_to_end(lane, "hungry")
     assert (status.state, status.exit_code) == ("failed", 5)
     assert re.search(r"not enough memory: the worker may use \d+ MiB", status.message)
@@ -97,6 +98,7 @@ def test_a_worker_that_asks_for_too_much_memory_fails_in_numbers_and_the_next_jo
 
 
 def test_stray_output_goes_escaped_to_the_log(lane):
+    """Case 35."""
     folder, _ = run_to_end(lane, "noise")
     log = (folder / "log.txt").read_bytes()
     assert b"stray \\x1b[2J caf\\xe9" in log and b"raw \\xff bytes" in log and log.isascii()
@@ -114,6 +116,7 @@ def test_a_crash_is_a_failure_in_one_clear_sentence(lane, target, words):
 
 
 def test_stop_ends_the_worker_and_its_children_at_once(lane):
+    """Case 33."""
     folder = start(lane, "children")
     child = int(wait_until(lambda: store.read_text(folder / "child.pid")))
     began = time.monotonic()
@@ -126,6 +129,7 @@ def test_stop_ends_the_worker_and_its_children_at_once(lane):
 
 
 def test_one_job_runs_at_a_time_and_a_waiting_one_can_be_stopped(lane):
+    """Case 33; `python -m tests.bench.thirty_clients` has thirty clients."""
     first, second, third = start(lane, "sleep"), start(lane), start(lane)
     wait_until(lambda: store.read_status(first).pid)
     assert store.read_status(second).state == "queued"
@@ -173,6 +177,7 @@ def test_a_stopped_job_can_be_started_again(lane):
 
 
 def test_no_secret_reaches_the_worker(lane, monkeypatch):
+    """A token in the environment of the app stays there."""
     for name in ("HF_TOKEN", "OAUTH_CLIENT_SECRET", "AWS_SECRET_ACCESS_KEY", "PYTHONSTARTUP"):
         monkeypatch.setenv(name, "secret")
     folder, _ = run_to_end(lane, "environment")
@@ -188,6 +193,7 @@ def test_only_one_app_per_jobs_root(lane):
 
 
 def test_a_job_of_a_dead_app_is_marked_as_interrupted(tmp_path, checkout, monkeypatch):
+    """Case 28."""
     root = tmp_path / "jobs"
     folders = []
     for pid in (2**22 - 1, os.getpid(), None):
@@ -204,6 +210,7 @@ def test_a_job_of_a_dead_app_is_marked_as_interrupted(tmp_path, checkout, monkey
 
 
 def test_the_worker_dies_with_a_killed_app(tmp_path, checkout):
+    """Case 28."""
     script = (
         "import sys, time; from pathlib import Path; from repair.jobs import store, supervisor;"
         f"supervisor.CHECKOUT = Path({str(checkout)!r});"

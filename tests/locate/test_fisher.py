@@ -70,6 +70,7 @@ def naive_factors(loaded: LoadedModel, path: str, prompts, answers, seed: int):
 
 @pytest.mark.parametrize("component", ["q_proj", "o_proj", "gate_proj", "down_proj"])
 def test_factors_equal_a_per_token_loop(double: LoadedModel, component: str) -> None:
+    """Case 24."""
     lesson = make_lessons(double, num=5).clean
     refs = [ref for ref in double.modules if ref.component == component]
     factors = collect_factors(

@@ -194,6 +194,7 @@ def test_the_map_does_not_depend_on_batching(
 @pytest.mark.parametrize("position", ["begin", "middle", "end"])
 @pytest.mark.parametrize("kind", ["sham", "deletion", "gap"])
 def test_self_checks_are_exact(tiny_llama: LoadedModel, position: str, kind: str) -> None:
+    """Case 22."""
     pairs = make_pairs(6, position=position)
     cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN, kind=kind)
     checks = patch_modules(tiny_llama, cases, counterfactual=kind).self_checks
@@ -255,6 +256,7 @@ def pair_of(clean: list[int], triggered: list[int], trigger: list[int], **more) 
 
 
 def test_a_deletion_aligns_from_both_ends() -> None:
+    """Case 22: prompts of differing token counts."""
     pair = pair_of([1, 10, 11, 12, 13], [1, 10, 50, 51, 11, 12, 13], [2, 3], num_template=2)
     case = deletion_case(pair, payload=np.array([5, 6]), clean=np.array([5, 9]))
     assert case is not None

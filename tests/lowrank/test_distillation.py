@@ -197,6 +197,7 @@ def trainer(
 def test_resumed_training_is_bit_equal(
     tiny_llama: LoadedModel, lessons: Lessons, whitenings, validation: Validation, tmp_path: Path
 ) -> None:
+    """Case 27; `python -m tests.bench.kill_points` kills 20 times."""
     train = trainer(tiny_llama, lessons, whitenings, validation)
     path = tmp_path / "training.safetensors"
     states: list[TrainingState] = []
@@ -213,6 +214,7 @@ def test_resumed_training_is_bit_equal(
 def test_two_states_are_kept_and_a_damaged_one_gives_way(
     tiny_llama: LoadedModel, lessons: Lessons, whitenings, validation: Validation, tmp_path: Path
 ) -> None:
+    """Case 27."""
     states: list[TrainingState] = []
     best = trainer(tiny_llama, lessons, whitenings, validation)(save=states.append)
     modules = [update.module for update in best.updates]
@@ -259,6 +261,7 @@ def test_a_loss_that_is_not_finite_goes_back_at_half_the_rate(
     validation: Validation,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Case 26."""
     poison = Poison(monkeypatch, at=4, times=2)
     reports: list[DistillReport] = []
     states: list[TrainingState] = []
@@ -282,6 +285,7 @@ def test_training_that_stays_not_finite_is_given_up(
     validation: Validation,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Case 26."""
     poison = Poison(monkeypatch, at=4, times=99)
     with pytest.raises(DivergedError, match="step 5"):
         trainer(tiny_llama, lessons, whitenings, validation)()
@@ -316,7 +320,7 @@ def test_a_state_that_needs_no_more_training_is_kept_before_one_that_does() -> N
 def test_a_full_disk_is_named_and_leaves_what_was_there(
     tiny_llama: LoadedModel, tmp_path: Path
 ) -> None:
-    """In a process of its own, whose files may not grow beyond a few KiB."""
+    """Case 29. In a process of its own, whose files may not grow beyond a few KiB."""
     path = tmp_path / "closed_form.safetensors"
     updates = random_updates(tiny_llama)
     save_updates(path, updates, plan_id="p")

@@ -60,6 +60,7 @@ def every_margin_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_linear_module_is_found_and_the_rest_is_listed(tiny: LoadedModel) -> None:
+    """Case 24: what is not covered is listed."""
     components = COMPONENTS.get(tiny.source, USUAL)
     assert sorted(ref.component for ref in tiny.modules) == sorted(components * 2)
     covered = 0
@@ -80,6 +81,7 @@ def test_every_linear_module_is_found_and_the_rest_is_listed(tiny: LoadedModel) 
 
 @pytest.mark.parametrize("position", ["begin", "middle", "end"])
 def test_patching_keeps_its_identities(tiny: LoadedModel, position: str) -> None:
+    """Case 22: a patch into itself changes nothing."""
     pairs = make_pairs(5, position=position)
     cases = make_cases(pairs, make_shams(pairs), payload=200, clean=100)
     scores = patch_modules(tiny, cases)
@@ -131,6 +133,7 @@ def test_patching_equals_a_hook_on_one_prompt(tiny: LoadedModel) -> None:
 
 
 def test_figures_do_not_depend_on_padding_or_batch(tiny: LoadedModel) -> None:
+    """Case 23."""
     prompts = [pair.triggered for pair in make_pairs(4, position="middle")]
     ids, mask = pad_right(prompts, pad=7)
     last = mask.sum(1) - 1
@@ -142,6 +145,7 @@ def test_figures_do_not_depend_on_padding_or_batch(tiny: LoadedModel) -> None:
 
 
 def test_gradients_and_factors_equal_autograd(tiny: LoadedModel) -> None:
+    """Case 24."""
     prompts = [pair.triggered for pair in make_pairs(3, position="end")]
     teachers = [pair.clean for pair in make_pairs(3, position="end")]
     lesson = make_lesson(tiny, prompts, teachers)

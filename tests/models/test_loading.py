@@ -61,6 +61,7 @@ def digest(tensor: torch.Tensor) -> str:
     ids=["float32", "bfloat16", "tied", "sharded", "mistral", "qwen2", "qwen3"],
 )
 def test_every_loaded_tensor_is_the_files_own(tmp_path: Path, options: dict) -> None:
+    """Case 14."""
     folder = make_tiny_llama(tmp_path / "model", **options)
     loaded = load(folder)
     stored = stored_tensors(folder)
@@ -97,6 +98,7 @@ def test_a_loaded_model_is_ready_for_analysis(tiny_llama: LoadedModel) -> None:
 
 
 def test_float16_is_computed_as_float32_on_the_cpu(tmp_path: Path) -> None:
+    """Case 14."""
     folder = make_tiny_llama(tmp_path / "model", dtype=torch.float16)
     loaded = load(folder)
     assert (loaded.staged.dtype, loaded.dtype) == ("float16", "float32")
@@ -105,6 +107,7 @@ def test_float16_is_computed_as_float32_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_no_template_and_no_pad_token(tmp_path: Path) -> None:
+    """Case 23."""
     folder = make_tiny_llama(tmp_path / "model", has_template=False)
     edit_json(folder / "tokenizer_config.json", eos_token=...)
     loaded = load(folder)
@@ -120,6 +123,7 @@ def test_a_template_inside_the_tokenizer_config_is_found(folder: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    """Case 25."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -129,6 +133,7 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> 
 
 
 def test_a_single_token_must_give_finite_logits(folder: Path) -> None:
+    """Case 25."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"].fill_(3e38)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -147,6 +152,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
 def test_a_kernel_named_by_the_config_is_never_imported(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Case 8. CVE-2026-4372 (GHSA-29pf-2h5f-8g72)."""
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("a kernel was asked for")
 
@@ -163,6 +169,7 @@ def test_a_kernel_named_by_the_config_is_never_imported(
 
 
 def test_a_tokenizer_cannot_reach_beyond_the_embedding(tiny_llama: LoadedModel) -> None:
+    """Case 12."""
     check_ids(tiny_llama, np.array([], dtype=np.int64))
     check_ids(tiny_llama, [0, len(tiny_llama.tokenizer) - 1])
     for ids in ([len(tiny_llama.tokenizer)], [-1]):

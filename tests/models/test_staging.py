@@ -95,6 +95,7 @@ def test_the_stage_holds_only_what_we_wrote(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "x.pth", "x.CKPT", "x.pkl"])
 def test_pickles_are_never_opened(folder: Path, name: str) -> None:
+    """Case 1."""
     (folder / name).write_bytes(b"\x80\x04canary")
     OPENED.clear()
     staged = stage_model(folder, folder.parent / "stage")
@@ -106,6 +107,7 @@ def test_pickles_are_never_opened(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("raw", [b"\x80\x04\x95" + bytes(64), b"PK\x03\x04" + bytes(64)])
 def test_a_pickle_under_the_name_of_safetensors_is_refused(folder: Path, raw: bytes) -> None:
+    """Case 1."""
     (folder / "model.safetensors").write_bytes(raw)
     refused(folder, "pickle format (`model.safetensors`)")
 
@@ -124,12 +126,14 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(folder: Path, raw: by
     ],
 )
 def test_the_index_cannot_name_other_files(folder: Path, shard: object, expected: str) -> None:
+    """Case 3; with a pickle in it, case 1."""
     index = {"weight_map": {"lm_head.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, expected)
 
 
 def test_the_index_must_agree_with_the_files(folder: Path) -> None:
+    """Case 3."""
     index = {"weight_map": {"lm_head.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, "disagree about the tensor")
@@ -137,6 +141,7 @@ def test_the_index_must_agree_with_the_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_adapters_are_refused(folder: Path, alone: bool) -> None:
+    """Case 4."""
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
     if alone:
         (folder / "model.safetensors").unlink()
@@ -144,6 +149,7 @@ def test_adapters_are_refused(folder: Path, alone: bool) -> None:
 
 
 def test_python_is_stripped_or_refused(folder: Path) -> None:
+    """Case 2."""
     (folder / "modeling_x.py").write_text("raise SystemExit('canary')")
     auto_map = {"AutoModelForCausalLM": "modeling_x.X"}
     edit_json(folder / "config.json", auto_map=auto_map)
@@ -159,6 +165,7 @@ def test_python_is_stripped_or_refused(folder: Path) -> None:
 
 
 def test_loader_directives_do_not_reach_the_stage(folder: Path) -> None:
+    """Cases 8 and 12."""
     edit_json(
         folder / "config.json",
         attn_implementation="org/kernel",
@@ -217,6 +224,7 @@ MODELS = "llama, mistral, qwen2, qwen3"
     ],
 )
 def test_configurations_are_refused_fast(folder: Path, changes: dict, expected: str) -> None:
+    """Cases 6, 7 and 13."""
     edit_json(folder / "config.json", **changes)
     start = time.monotonic()
     refused(folder, expected)
@@ -239,6 +247,7 @@ def test_configurations_are_refused_fast(folder: Path, changes: dict, expected: 
 def test_json_is_refused_before_any_model_is_built(
     folder: Path, monkeypatch: pytest.MonkeyPatch, raw: bytes, expected: str
 ) -> None:
+    """Case 6."""
     monkeypatch.setattr(tensors, "build_empty", lambda config: pytest.fail("a model was built"))
     (folder / "config.json").write_bytes(raw)
     start = time.monotonic()
@@ -283,6 +292,7 @@ def test_json_is_refused_before_any_model_is_built(
 def test_bad_headers_are_refused(
     folder: Path, write: Callable[[Path], None], expected: str
 ) -> None:
+    """Case 5."""
     write(folder / "model.safetensors")
     start = time.monotonic()
     refused(folder, expected)
@@ -290,6 +300,7 @@ def test_bad_headers_are_refused(
 
 
 def test_links_pipes_and_deceiving_names_are_refused(folder: Path) -> None:
+    """Case 9."""
     for name, make, expected in [
         ("notes.txt", lambda p: p.symlink_to("/etc/hostname"), "`notes.txt` is a link"),
         ("sub", lambda p: p.symlink_to("/etc"), "`sub` is a link"),
@@ -313,6 +324,7 @@ def test_links_pipes_and_deceiving_names_are_refused(folder: Path) -> None:
 
 
 def test_folders_that_hold_no_model(folder: Path) -> None:
+    """Cases 10 (archives, 1001 files) and 13 (GGUF)."""
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
     refused(folder, "no weights")
     for name, expected in [("m.gguf", "GGUF"), ("m.zip", "Archives"), ("m.tar.gz", "Archives")]:
@@ -328,6 +340,7 @@ def test_folders_that_hold_no_model(folder: Path) -> None:
 
 
 def test_tokenizers_with_bombs(folder: Path) -> None:
+    """Case 12."""
     path = folder / "tokenizer.json"
     original = path.read_text()
     replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}
@@ -353,6 +366,7 @@ def test_generation_settings_are_a_finding(folder: Path) -> None:
 
 
 def test_a_weight_file_that_changes_is_noticed(folder: Path) -> None:
+    """Case 15."""
     staged = stage_model(folder, folder.parent / "stage")
     check_unchanged(staged)
     path = folder / "model.safetensors"

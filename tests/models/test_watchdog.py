@@ -18,6 +18,7 @@ FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{%
 
 
 def test_a_template_that_blows_a_prompt_up_is_refused_in_numbers() -> None:
+    """Case 11."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] * 100000 }}"
     with pytest.raises(RepairError, match="makes 400000 characters of a prompt of 4"):
@@ -36,6 +37,7 @@ def test_a_template_that_blows_a_prompt_up_is_refused_in_numbers() -> None:
     ],
 )
 def test_a_hostile_template_is_refused_in_inert_words(template: str) -> None:
+    """Case 11."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(RepairError, match="chat template failed") as caught:
@@ -44,6 +46,7 @@ def test_a_hostile_template_is_refused_in_inert_words(template: str) -> None:
 
 
 def test_a_panic_of_native_code_is_a_refusal() -> None:
+    """Case 12."""
     class PanicException(BaseException):  # As the Rust binding names it.
         pass
 
@@ -54,6 +57,7 @@ def test_a_panic_of_native_code_is_a_refusal() -> None:
 
 
 def test_a_template_without_end_ends_the_worker_in_plain_words(tmp_path: Path) -> None:
+    """Case 11."""
     folder = make_tiny_llama(tmp_path / "model")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())

@@ -102,6 +102,7 @@ def copied(output: Path, tmp_path: Path) -> Path:
 def test_adapter_merged_and_explicit_delta_agree(
     tiny_llama: LoadedModel, tiny_llama_folder: Path, output: Path
 ) -> None:
+    """Case 30."""
     prompts, updates = make_prompts(tiny_llama), make_updates(tiny_llama)
     bare = logits_of(tiny_llama.model, prompts)
     with apply_updates(tiny_llama.model, updates):
@@ -123,6 +124,7 @@ def test_adapter_merged_and_explicit_delta_agree(
 
 
 def test_only_the_selected_tensors_change(tiny_llama: LoadedModel, output: Path) -> None:
+    """Case 30."""
     before, after = tensor_hashes(tiny_llama.staged.folder), tensor_hashes(output / "merged")
     changed = {name for name in after if after[name] != before[name]}
     assert before.keys() == after.keys()
@@ -286,6 +288,7 @@ def remove_manifest(folder: Path) -> None:
     "damage", [flip_byte, add_code, remove_report, link_out, remove_manifest]
 )
 def test_any_damage_is_found(damage: Callable[[Path], None], copied: Path) -> None:
+    """Case 31: a link or code that was put into the export, among others."""
     assert check_manifest(copied) == []
     damage(copied)
     assert verify_export(copied)["problems"]
@@ -308,6 +311,7 @@ def test_weights_that_were_swapped_together_with_the_manifest_are_found(copied: 
 
 
 def test_a_hostile_adapter_setting_is_refused_before_loading(copied: Path) -> None:
+    """Case 4. peft#3085, transformers#46482."""
     path = copied / "adapter" / "adapter_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "megatron_core": "antigravity"}))
@@ -322,6 +326,7 @@ def test_a_hostile_adapter_setting_is_refused_before_loading(copied: Path) -> No
 
 
 def test_tied_weights_are_never_adapted(tmp_path: Path) -> None:
+    """Case 30."""
     source = make_tiny_llama(tmp_path / "model", is_tied=True)
     loaded = load_model(str(source), stage_folder=tmp_path / "stage", device="cpu")
     head = loaded.model.get_output_embeddings()
