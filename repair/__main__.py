@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from repair import prompts
 from repair.batch import Ended, run_batch
-from repair.jobs import output, store, supervisor
+from repair.jobs import launch, output, store
 from repair.jobs.progress import Display, one_line
 from repair.options import DEFAULT_CONTROLS, build_parser
 from repair.records import (
@@ -49,7 +49,7 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
     if options.trusted_base and options.command != "run":
         raise RepairError("--trusted-base is an option of run. Leave it out.")
     model = local_source(options.model, option="--model")
-    if options.revision and not supervisor.is_hub_id(model):
+    if options.revision and not launch.is_hub_id(model):
         raise RepairError(
             f"A revision ({options.revision}) was given for {options.model}, which is no Hub id. "
             "Leave it out."
@@ -110,7 +110,7 @@ def check_same_question(folder: Path, request: dict[str, Any]) -> None:
 
 def find_token(request: dict[str, Any]) -> str | None:
     """Return the user's Hub token where the request needs the Hub."""
-    if not supervisor.hub_sources(request):
+    if not launch.hub_sources(request):
         return None
     # The Hub client takes half a second to import; other jobs do without it.
     from repair.models import download
@@ -122,11 +122,11 @@ def watch(folder: Path, display: Display, token: str | None = None) -> int:
     """Run the worker on `folder`, show its events, and return its exit status."""
     _, offset = store.read_events(folder)
     is_push = store.read_object(folder / "request.json").get("command") == "push"
-    worker = supervisor.start_worker(folder, token)
+    worker = launch.start_worker(folder, token)
     is_stopped = False
     try:
         while True:
-            has_ended = supervisor.has_ended(worker.process)
+            has_ended = launch.has_ended(worker.process)
             events, offset = store.read_events(folder, offset)
             for event in events:
                 display.show(event)
@@ -135,8 +135,8 @@ def watch(folder: Path, display: Display, token: str | None = None) -> int:
             time.sleep(0 if has_ended else 0.1)
     except KeyboardInterrupt:
         is_stopped = True
-        supervisor.kill_group(worker.process)
-    code = supervisor.finish_worker(folder, worker, is_stopped=is_stopped)
+        launch.kill_group(worker.process)
+    code = launch.finish_worker(folder, worker, is_stopped=is_stopped)
     display.close()
     status = store.read_status(folder)
     if is_stopped or code == EXIT_INTERRUPTED:
@@ -190,7 +190,7 @@ def check_resumed(folder: Path, options: argparse.Namespace) -> None:
 def run_job(options: argparse.Namespace) -> Ended:
     """Run, locate or evaluate in the output folder."""
     request = build_request(options)
-    sources = [Path(request[key]) for key in supervisor.SOURCE_KEYS if request[key]]
+    sources = [Path(request[key]) for key in launch.SOURCE_KEYS if request[key]]
     taken = output.take_output(
         options.out,
         resume=options.resume,

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from repair import __main__ as cli
-from repair.jobs import supervisor
+from repair.jobs import launch
 from tests.jobs.stand_in import REPOSITORY, build_checkout
 
 CHECKOUT_SCRIPT = (
-    "import sys; from pathlib import Path; from repair.jobs import supervisor;"
-    "supervisor.CHECKOUT = Path(sys.argv[1]);"
+    "import sys; from pathlib import Path; from repair.jobs import launch;"
+    "launch.CHECKOUT = Path(sys.argv[1]);"
     "from repair.__main__ import main; sys.exit(main(sys.argv[2:]))"
 )
 
@@ -28,7 +28,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stand_in(checkout, monkeypatch) -> Path:
-    monkeypatch.setattr(supervisor, "CHECKOUT", checkout)
+    monkeypatch.setattr(launch, "CHECKOUT", checkout)
     return checkout
 
 

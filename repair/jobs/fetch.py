@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from repair.jobs import store
+from repair.jobs.launch import MAX_DOWNLOAD, NETWORK_NAMES, OFFLINE, hub_sources
 from repair.jobs.store import JobStatus
-from repair.jobs.supervisor import MAX_DOWNLOAD, NETWORK_NAMES, OFFLINE, hub_sources
 from repair.jobs.worker import Reporter, append_log, die_with_parent, stop_on_signal, write_end
 from repair.models.download import (
     Fetched,

@@ -18,7 +18,7 @@ from typing import Any
 import gradio as gr
 
 from repair.jobs import store
-from repair.jobs.supervisor import is_hub_id
+from repair.jobs.launch import is_hub_id
 from repair.models.download import look_up
 from repair.prompts import prompt_file_from_json
 from repair.records import RepairError

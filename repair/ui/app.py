@@ -16,7 +16,8 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from repair.jobs import store
-from repair.jobs.supervisor import MAX_DOWNLOAD, Supervisor
+from repair.jobs.launch import MAX_DOWNLOAD
+from repair.jobs.supervisor import Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
 from repair.ui.api import build_api, is_offered
 from repair.ui.cases import build_cases

@@ -8,7 +8,7 @@ import gradio as gr
 import pandas as pd
 
 from repair.jobs import store
-from repair.jobs.supervisor import is_hub_id
+from repair.jobs.launch import is_hub_id
 from repair.models.download import parse_hub_id
 from repair.records import RepairError
 from repair.ui import text

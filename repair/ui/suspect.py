@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from repair.jobs import store
-from repair.jobs.supervisor import is_hub_id
+from repair.jobs.launch import is_hub_id
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import owner_of

@@ -50,8 +50,8 @@ def running_app(
     command = [sys.executable, "app.py"]
     if checkout is not None:
         code = (
-            "import sys; from pathlib import Path; from repair.jobs import supervisor;"
-            f"supervisor.CHECKOUT = Path({str(checkout)!r});"
+            "import sys; from pathlib import Path; from repair.jobs import launch;"
+            f"launch.CHECKOUT = Path({str(checkout)!r});"
             "from repair.ui.app import main; sys.exit(main(sys.argv[1:]))"
         )
         command = [sys.executable, "-c", code]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from repair.jobs import machine, store, supervisor
-from repair.jobs.supervisor import Limits, choose_module, hub_sources
+from repair.jobs import launch, machine, store, supervisor
+from repair.jobs.launch import choose_module, hub_sources
+from repair.jobs.supervisor import Limits
 from repair.records import RepairError
 from tests.jobs.stand_in import make_request
 from tests.jobs.test_supervisor import checkout, wait_until  # noqa: F401 (a fixture)
@@ -15,7 +16,7 @@ from tests.jobs.test_supervisor import checkout, wait_until  # noqa: F401 (a fix
 
 @pytest.fixture
 def shared(tmp_path, checkout, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(supervisor, "CHECKOUT", checkout)
+    monkeypatch.setattr(launch, "CHECKOUT", checkout)
     limits = Limits(max_seconds=2, max_waiting=2, max_per_owner=2, keep_seconds=3600)
     lane = supervisor.Supervisor(tmp_path / "jobs", limits)
     yield lane

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from repair.jobs import store, supervisor
+from repair.jobs import launch, store, supervisor
 from repair.records import RepairError
 from tests.jobs.stand_in import REPOSITORY, build_checkout, make_request
 
@@ -25,7 +25,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def lane(tmp_path, checkout, monkeypatch):
-    monkeypatch.setattr(supervisor, "CHECKOUT", checkout)
+    monkeypatch.setattr(launch, "CHECKOUT", checkout)
     lane = supervisor.Supervisor(tmp_path / "jobs")
     yield lane
     lane.close()
@@ -212,8 +212,9 @@ def test_a_job_of_a_dead_app_is_marked_as_interrupted(tmp_path, checkout, monkey
 def test_the_worker_dies_with_a_killed_app(tmp_path, checkout):
     """Case 28."""
     script = (
-        "import sys, time; from pathlib import Path; from repair.jobs import store, supervisor;"
-        f"supervisor.CHECKOUT = Path({str(checkout)!r});"
+        "import sys, time; from pathlib import Path;"
+        "from repair.jobs import launch, store, supervisor;"
+        f"launch.CHECKOUT = Path({str(checkout)!r});"
         f"lane = supervisor.Supervisor(Path({str(tmp_path / 'jobs')!r}));"
         "from tests.jobs.stand_in import make_request;"
         "job = store.create_job(lane.root, make_request('sleep'), owner='me');"
