@@ -302,7 +302,12 @@ def build_locate(shell: Shell) -> None:
             raise RepairError("A job is running. Stop it first, or wait.")
         asked = new_request(session, profile=str(wanted))
         job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
-        settings.lane.submit(settings.jobs_root / job_id)
+        try:
+            settings.lane.submit(settings.jobs_root / job_id)
+        except RepairError:
+            # A full lane must not leave a case for every try.
+            store.delete_job(settings.jobs_root, job_id, owner=owner_of(request))
+            raise
         return Session(job_id=job_id, model=session.model, prompts=session.prompts), Selection()
 
     shell.listen(start.click, act=locate, inputs=[profile], problem=problem)
