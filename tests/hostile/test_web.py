@@ -43,6 +43,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         yield app
     # Gradio prints one for each forged path; of ours there is none.
     log = app.log.read_text()
+    assert log.isascii() and "\x1b" not in log and "\\x1b[2J" in log
     assert log.count("Traceback") == log.count("InvalidPathError: ")
 
 
@@ -218,7 +219,8 @@ def test_the_app_fetches_no_address_for_a_visitor(app: App, ana: Visitor, kind: 
 def test_a_file_that_a_visitor_names_is_not_read(app: App, ana: Visitor) -> None:
     """Case 34. CVE-2024-51751, CVE-2024-47868: an upload is what was uploaded, not a path."""
     upload = ana.find("upload", "upload")
-    for path in ("/etc/passwd", str(app.jobs / ".browser-secret"), str(app.log)):
+    secret = str(app.jobs / ".browser-secret")
+    for path in ("/etc/passwd", secret, str(app.log), "/etc/\x1b[2J\x9b31m\u202ex"):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.txt"}
         answer = ana.join(upload, {"upload": given}, ana.session)
         text = answer.text
