@@ -169,6 +169,16 @@ def test_another_site_gets_no_answer(app: App, ana: Visitor, origin: str) -> Non
     assert own.status_code == 200
 
 
+def test_an_account_forgets_only_its_own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 32: very many sessions of one do not make another's free again."""
+    monkeypatch.setattr("repair.ui.tenants.MAX_REMEMBERED", 3)
+    gate = TenantGate(None, has_accounts=True, is_local=False)
+    assert gate.owns("ana", "a") and not gate.owns("ben", "a")
+    assert all(gate.owns("ben", str(number)) for number in range(10))
+    assert not gate.owns("ben", "a") and gate.owns("ana", "a")
+    assert len(gate.owners) == 4 and gate.owns("ana", "0") and not gate.owns("ana", "9")
+
+
 @pytest.mark.parametrize("host", ["evil.example:7860", "evil", "", "127.0.0.1.evil.example"])
 def test_a_name_made_to_mean_this_machine_is_refused(host: str) -> None:
     """Case 34. DNS rebinding: for the browser it is the same site, so only the name tells."""
