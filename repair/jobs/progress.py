@@ -40,6 +40,24 @@ def describe_progress(event: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+class InertStream:
+    """A text stream on which nobody else's text can drive the terminal: what is not printable
+    ASCII is spelled out."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        safe = text.encode("ascii", "backslashreplace").decode()
+        self.stream.write(
+            "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in safe)
+        )
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class Display:
     """Shows events on a text stream: a bar on a terminal, plain lines elsewhere."""
 

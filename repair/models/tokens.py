@@ -51,7 +51,7 @@ def render(
                 messages, tokenize=False, add_generation_prompt=True
             )
     except Exception as error:  # The template is the suspect's own program: anything can come.
-        cause = ascii(str(error))[:300]
+        cause = ascii(str(error) or type(error).__name__)[:300]
         raise RepairError(
             f"The chat template failed on a prompt; the model file says: {cause}. "
             'Set "chat": "off" in the prompt file to send raw prompts.'

@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 
 from repair.jobs import store
 from repair.jobs.launch import MAX_DOWNLOAD
+from repair.jobs.progress import InertStream
 from repair.jobs.supervisor import Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
 from repair.ui.api import build_api, is_offered
@@ -182,6 +183,8 @@ def main(arguments: list[str] | None = None) -> int:
     atexit.register(lane.close)
     # Gradio closes its server in good order on Ctrl-C; a polite end takes the same way.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Libraries print what a request held, such as a forged path, into the terminal.
+    sys.stderr, sys.stdout = InertStream(sys.stderr), InertStream(sys.stdout)
     sweep_caches()
     cache = Path(tempfile.mkdtemp(prefix=f"{CACHE_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, cache, ignore_errors=True)

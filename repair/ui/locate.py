@@ -192,7 +192,12 @@ def build_locate(shell: Shell) -> None:
             start_job(settings, folder, request)
             return session, Selection()
         job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
-        start_job(settings, settings.jobs_root / job_id, request)
+        try:
+            start_job(settings, settings.jobs_root / job_id, request)
+        except RepairError:
+            # A full lane must not leave a case for every try.
+            store.delete_job(settings.jobs_root, job_id, owner=owner_of(request))
+            raise
         return dataclasses.replace(session, job_id=job_id), Selection()
 
     shell.listen(start.click, act=locate, inputs=[profile], problem=problem)

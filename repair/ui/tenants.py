@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 24 * 2**20  # more than a prompt file of 16 MiB as text
 MAX_UPLOAD_BYTES = 32 * 2**20  # of all files of one request
-MAX_REMEMBERED = 20_000  # sessions; Gradio itself keeps the state of 500
+MAX_REMEMBERED = 5_000  # sessions of an account; Gradio itself keeps the state of 500 in all
+MAX_VISITORS = 20_000
 IN_PATH = ("heartbeat", "stream")  # /gradio_api/heartbeat/{session_hash}
 CLOSED = ("deep_link",)  # writes all that a session holds, prompts included, to a file
 
@@ -34,7 +35,28 @@ class TenantGate:
 
     def __init__(self, app: ASGIApp, *, has_tenants: bool, is_local: bool) -> None:
         self.app, self.has_tenants, self.is_local = app, has_tenants, is_local
-        self.owners: OrderedDict[str, str] = OrderedDict()
+        self.owners: dict[str, str] = {}
+        # Of each account or visitor, the oldest first; who came last is at the end.
+        self.sessions: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
+
+    def owns(self, user: str, name: str) -> bool:
+        """Tell whether a session is this account's; one that nobody has used becomes so."""
+        if self.owners.setdefault(name, user) != user:
+            return False
+        own = self.sessions.setdefault(user, OrderedDict())
+        self.sessions.move_to_end(user)
+        own[name] = None
+        own.move_to_end(name)
+        # Each account forgets its own only: nobody can make another's session free again.
+        while len(own) > MAX_REMEMBERED:
+            oldest, _ = own.popitem(last=False)
+            del self.owners[oldest]
+        # On a Space visitors cost nothing, so that they too must be forgotten some day.
+        while len(self.sessions) > MAX_VISITORS:
+            _, old = self.sessions.popitem(last=False)
+            for each in old:
+                self.owners.pop(each, None)
+        return True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,23 +86,23 @@ class TenantGate:
                 await refuse(413, f"At most {limit} bytes are accepted.")(scope, receive, send)
                 return
             if not is_upload:
+                chunks, num_bytes = [], 0
                 async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > limit:
+                    chunks.append(chunk)
+                    num_bytes += len(chunk)
+                    if num_bytes > limit:
                         await refuse(413, f"At most {limit} bytes are accepted.")(
                             scope, receive, send
                         )
                         return
+                body = b"".join(chunks)
                 receive = replay(body, receive)
         if self.has_tenants:
             user = user_of(request)
             for name in named_sessions(request, body):
-                if user is None or self.owners.setdefault(name, user) != user:
+                if user is None or not self.owns(user, name):
                     await refuse(404, "Not found")(scope, receive, send)
                     return
-                self.owners.move_to_end(name)
-            while len(self.owners) > MAX_REMEMBERED:
-                self.owners.popitem(last=False)
         await self.app(scope, receive, send)
 
 

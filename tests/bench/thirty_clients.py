@@ -112,14 +112,12 @@ def submit(visitor: Visitor, app: App, number: int, outcome: Outcome, end: float
     visitor.call("check", "click", trigger=trigger_of(number), target="sorry", prompts=prompts)
     while True:
         shown = visitor.call("locate", "click", profile="quick")
-        if "jobs are waiting" not in str(shown.get("locate-problem", shown)):
+        if "jobs are waiting" not in str(shown["locate-problem"]):
             break
         outcome.num_full += 1
         assert time.monotonic() < end, "the lane stayed full"
         time.sleep(3.0)
-    owned = [job for job in store.list_jobs(app.jobs, owner=f"account:client-{number}")
-             if "jobs are waiting" not in (job.status.message or "")]  # fmt: skip
-    outcome.job = owned[0].job_id
+    outcome.job = store.list_jobs(app.jobs, owner=f"account:client-{number}")[0].job_id
 
 
 def act(app: App, number: int, outcome: Outcome, end: float) -> None:
@@ -214,6 +212,7 @@ def run(folder: Path, num: int) -> dict:
         disk_after = disk_bytes(app.jobs) + disk_bytes(app.temporary)
         homes = [str(path) for path in app.jobs.rglob(".home-*")]
     heard = [(n, outcome) for n, outcome in enumerate(outcomes) if outcome.heard]
+    own = [trigger_of(n) in outcome.heard and outcome.job in outcome.heard for n, outcome in heard]
     leaks = [
         (n, m) for n, outcome in heard for m, other in enumerate(outcomes)
         if n != m and (trigger_of(m) in outcome.heard or other.job in outcome.heard)
@@ -228,7 +227,7 @@ def run(folder: Path, num: int) -> dict:
         "num_times_the_lane_was_full": sum(o.num_full for o in outcomes),
         "longest_stop_seconds": round(max(o.stop_seconds or 0.0 for o in outcomes), 2),
         "oversized_requests": sorted({code for o in outcomes for code in o.statuses}),
-        "num_leaks": len(leaks),
+        "num_who_saw_their_own": sum(own), "num_leaks": len(leaks),
         "secrets_in_the_log": sum(trigger_of(n) in log for n in range(num)) + (CANARY in log),
         "files_with_the_token": canary,
         "later_job": f"{after.state}: {after.message}", "first_job": f"{first.state}: "
@@ -260,6 +259,7 @@ def problems_of(found: dict) -> list[str]:
         or found["num_clients"] <= 21,
         "a stop within 5 s": found["longest_stop_seconds"] <= 5,
         "oversized requests refused": found["oversized_requests"] == [413],
+        "everyone sees their own": found["num_who_saw_their_own"] == found["num_clients"],
         "nobody sees another's": found["num_leaks"] == 0,
         "no secret in the log": found["secrets_in_the_log"] == 0,
         "no token in a file": found["files_with_the_token"] == [],

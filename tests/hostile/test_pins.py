@@ -1,8 +1,8 @@
 """The pinned packages are no older than the advisories that `repair` rests on ask for.
 
-This is no audit: it knows the advisories below and no others. `pip-audit -r requirements.txt`,
-where its service can be reached, knows the rest; it says "No known vulnerabilities found" also
-where it reached nothing, so its list of skipped packages must be empty.
+This is no audit: it knows the advisories below and no others. `pip-audit -r requirements.txt`
+knows more where its service can be reached. It says "No known vulnerabilities found" also where it
+reached nothing, so its list of skipped packages must be empty.
 """
 
 from pathlib import Path

@@ -43,6 +43,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         yield app
     # Gradio prints one for each forged path; of ours there is none.
     log = app.log.read_text()
+    assert log.isascii() and "\x1b" not in log
     assert log.count("Traceback") == log.count("InvalidPathError: ")
 
 
@@ -168,6 +169,16 @@ def test_another_site_gets_no_answer(app: App, ana: Visitor, origin: str) -> Non
     assert own.status_code == 200
 
 
+def test_an_account_forgets_only_its_own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 32: very many sessions of one do not make another's free again."""
+    monkeypatch.setattr("repair.ui.tenants.MAX_REMEMBERED", 3)
+    gate = TenantGate(None, has_tenants=True, is_local=False)
+    assert gate.owns("ana", "a") and not gate.owns("ben", "a")
+    assert all(gate.owns("ben", str(number)) for number in range(10))
+    assert not gate.owns("ben", "a") and gate.owns("ana", "a")
+    assert len(gate.owners) == 4 and gate.owns("ana", "0") and not gate.owns("ana", "9")
+
+
 @pytest.mark.parametrize("host", ["evil.example:7860", "evil", "", "127.0.0.1.evil.example"])
 def test_a_name_made_to_mean_this_machine_is_refused(host: str) -> None:
     """Case 34. DNS rebinding: for the browser it is the same site, so only the name tells."""
@@ -218,7 +229,8 @@ def test_the_app_fetches_no_address_for_a_visitor(app: App, ana: Visitor, kind: 
 def test_a_file_that_a_visitor_names_is_not_read(app: App, ana: Visitor) -> None:
     """Case 34. CVE-2024-51751, CVE-2024-47868: an upload is what was uploaded, not a path."""
     upload = ana.find("upload", "upload")
-    for path in ("/etc/passwd", str(app.jobs / ".browser-secret"), str(app.log)):
+    secret = str(app.jobs / ".browser-secret")
+    for path in ("/etc/passwd", secret, str(app.log), "/etc/\x1b[2J\x9b31m\u202ex"):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.txt"}
         answer = ana.join(upload, {"upload": given}, ana.session)
         text = answer.text
@@ -226,6 +238,8 @@ def test_a_file_that_a_visitor_names_is_not_read(app: App, ana: Visitor) -> None
             text = json.dumps(ana.listen(ana.session))
             assert '"success": false' in text
         assert "root:" not in text
+    # What Gradio prints of the last one is spelled out: it cannot drive the terminal.
+    assert "\\x1b[2J" in app.log.read_text()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("x.html", "text/html"), ("x.svg", "image/svg+xml")])
@@ -263,6 +277,8 @@ def test_what_is_too_large_is_refused_and_not_kept(app: App, ana: Visitor) -> No
     assert answer.status_code == 413
     big = ("x.json", b" " * (17 * 2**20), "application/json")
     assert ana.client.post("/gradio_api/upload", files={"files": big}).status_code == 413
+    many = [("files", (f"{i}.txt", b"x")) for i in range(1001)]
+    assert ana.client.post("/gradio_api/upload", files=many).status_code in (400, 413)
     now = sum(path.stat().st_size for path in app.temporary.rglob("*") if path.is_file())
     assert now - used < 2**20
 
