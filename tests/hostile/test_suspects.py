@@ -139,11 +139,9 @@ def test_a_base_named_by_an_adapter_is_not_opened(
     assert watch.opened() == [] and "antigravity" not in sys.modules
 
 
-@pytest.mark.parametrize("item", [b"[]", b"{}", b"0", b'"a"'])
+@pytest.mark.parametrize("item", [b"[]", b"0"])
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_small_file_does_not_become_a_large_memory(
-    folder: Path, name: str, item: bytes
-) -> None:
+def test_a_small_file_does_not_become_a_large_memory(folder: Path, name: str, item: bytes) -> None:
     """Case 5: 30 MiB of empty lists would take 600 MiB once read."""
     raw = b'{"a": [' + b",".join([item] * (30 * 2**20 // (len(item) + 1))) + b"]}"
     if name == "model.safetensors":

@@ -187,6 +187,21 @@ def test_no_secret_reaches_the_worker(lane, monkeypatch):
     assert not Path(env["HOME"]).exists()
 
 
+def test_what_a_killed_worker_left_is_swept_when_its_job_goes_on(lane):
+    """Case 27: half a file of ours goes; results, checkpoints and files of others stay."""
+    job_id = store.create_job(lane.root, make_request(), owner="me")
+    folder = lane.root / job_id
+    for name in (".home-old", ".partial-merged", "checkpoints"):
+        (folder / name).mkdir()
+    for name in (".status.json.x1", ".hidden", "checkpoints/state"):
+        (folder / name).touch()
+    lane.submit(folder)
+    wait_until(lambda: not lane.is_busy(folder))
+    assert store.read_status(folder).state == "done"
+    assert [path.name for path in folder.glob(".*")] == [".hidden"]
+    assert (folder / "checkpoints" / "state").is_file()
+
+
 def test_only_one_app_per_jobs_root(lane):
     with pytest.raises(RepairError, match="Another app"):
         supervisor.Supervisor(lane.root)
