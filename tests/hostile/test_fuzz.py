@@ -8,9 +8,9 @@ from tests.hostile.mutations import mutate
 
 def test_any_bytes_are_refused_or_a_model() -> None:
     """Never another exception, never beyond time and memory, never a read outside the folder."""
-    found = fuzz(240.0, seed=7, count=150)
+    found = fuzz(240.0, seed=7, count=120)
     assert found["defects"] == []
-    assert sum(found["counts"].values()) >= 100
+    assert sum(found["counts"].values()) >= 80
     assert found["counts"]["refused"] > 50 and found["counts"]["model"] > 2
     assert found["lines_reached"] > 500
 
