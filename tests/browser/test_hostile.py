@@ -15,10 +15,9 @@ from playwright.sync_api import Browser, expect
 from repair.evidence.report_text import render_report
 from repair.jobs import store
 from repair.publish.card import render_card
-from tests.browser.test_road import REPOSITORY, browser, open_page, value_of, wait_for_value
+from tests.browser.pages import REPOSITORY, open_page, value_of, wait_for_value
 from tests.hostile.visitor import App, running_app
 
-__all__ = ["browser"]
 EXAMPLE = REPOSITORY / "assets" / "example"
 TABS = ("1 Suspect", "2 Prompts", "3 Locate", "4 Repair", "5 Compare", "6 Export", "Cases")
 
