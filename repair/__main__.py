@@ -113,9 +113,9 @@ def find_token(request: dict[str, Any]) -> str | None:
     if not launch.hub_sources(request):
         return None
     # The Hub client takes half a second to import; other jobs do without it.
-    from repair.models import download
+    from repair.models import lookup
 
-    return download.find_token()
+    return lookup.find_token()
 
 
 def watch(folder: Path, display: Display, token: str | None = None) -> int:
@@ -245,7 +245,7 @@ def run_verify(options: argparse.Namespace) -> int:
 def run_push(options: argparse.Namespace) -> int:
     """Upload exports; everything that can be checked before is, and it can be called again."""
     # The Hub client takes half a second to import; the other commands do without it.
-    from repair.models.download import find_token
+    from repair.models.lookup import find_token
     from repair.publish.card import hub_name
     from repair.publish.hub import PushPlan, check_plan, look_at_targets
     from repair.publish.pushing import check_exports
@@ -271,7 +271,7 @@ def run_push(options: argparse.Namespace) -> int:
         request = {"command": "push", "folder": str(folder), "plan": plan.to_json()}
         store.write_json(job / "request.json", request)
         code = watch(job, Display(sys.stderr), token)
-        urls = store.read_object(job / "pushed.json")
+        urls = store.read_object(job / store.PUSHED)
     except BaseException:
         shutil.rmtree(job, ignore_errors=True)
         raise

@@ -72,6 +72,7 @@ def last_line(capsys) -> dict:
         (["--adapter-base", "x"], "Give a model folder"),
         (["--resume", "--overwrite"], "contradict"),
         (["--unknown"], "nrecognized"),
+        (["--revision", "v1"], "which is no Hub id"),
     ],
 )
 def test_bad_options_are_refused_and_leave_nothing(tmp_path, capsys, options, words):
@@ -229,7 +230,7 @@ def test_push_refuses_before_it_calls_anybody(
     tmp_path, capsys, monkeypatch, verdict, options, words
 ):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("repair.models.download.get_token", lambda: None)
+    monkeypatch.setattr("repair.models.lookup.get_token", lambda: None)
     if verdict:
         (tmp_path / "report.json").write_text(json.dumps({"verdict": verdict}))
     (tmp_path / "merged").mkdir()
@@ -245,6 +246,16 @@ def test_push_takes_no_unknown_file(tmp_path, capsys):
     (tmp_path / "merged" / "notes.txt").write_text("private")
     assert call("push", tmp_path, "--repo", "me/model") == 2
     assert "notes.txt" in capsys.readouterr().err
+
+
+def test_a_revision_is_never_meant_for_two_models(tmp_path, capsys):
+    prompts = write_prompts(tmp_path)
+    for option in ("--trusted-base", "--adapter-base"):
+        assert call(
+            "run", "--model", "lab/x", "--revision", "bad", option, "lab/x", "--prompts", prompts,
+            "--out", tmp_path / "out",
+        ) == 2  # fmt: skip
+        assert "lab/x@REVISION" in capsys.readouterr().err
 
 
 def test_many_suspects_one_after_the_other(tmp_path, capsys, stand_in):

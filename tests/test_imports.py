@@ -30,7 +30,8 @@ HOMES = {
     "matplotlib": ("repair/evidence/plots.py",),
     "peft": ("repair/lowrank/adapter.py", "repair/models/loading.py", "repair/publish/export.py",
              "repair/publish/reopen.py"),
-    "huggingface_hub": ("repair/models/download.py", "repair/publish/hub.py"),
+    "huggingface_hub": ("repair/models/download.py", "repair/models/lookup.py",
+                        "repair/publish/hub.py"),
 }  # fmt: skip
 BANNED_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tarfile"}
 SPIES = ("tests/models/test_staging.py",)  # names a banned module, to see that it is never called

@@ -14,17 +14,16 @@ from typing import Any
 from repair.jobs import store
 from repair.jobs.launch import MAX_DOWNLOAD, NETWORK_NAMES, OFFLINE, hub_sources
 from repair.jobs.store import JobStatus
-from repair.jobs.worker import Reporter, append_log, die_with_parent, stop_on_signal, write_end
+from repair.jobs.worker import Reporter, append_log, mark_running, write_end
 from repair.models.download import (
     Fetched,
-    HubModel,
     check_small_files,
     fetch,
     find_cached,
-    look_up,
     make_room,
     sources_from_json,
 )
+from repair.models.lookup import HubModel, look_up
 from repair.records import EXIT_UNEXPECTED, RepairError
 
 
@@ -92,16 +91,7 @@ def begin(folder: Path) -> tuple[str | None, JobStatus, Reporter]:
     """Take the token from standard input, which is closed then, and mark the job as running."""
     token = sys.stdin.readline().strip() or None
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    die_with_parent()
-    status = JobStatus(
-        state="running",
-        pid=os.getpid(),
-        pid_started=store.process_started(os.getpid()),
-        started=store.now(),
-    )
-    store.write_status(folder, status)
-    stop_on_signal(folder, status)
-    reporter = Reporter(folder)
+    status, reporter = mark_running(folder)
     reporter.step("start", "Starting")
     return token, status, reporter
 

@@ -26,6 +26,7 @@ MAX_EVENT_BYTES = 64 * 2**10
 MAX_READ_BYTES = 4 * 2**20  # of events, in one call
 SAME_QUESTION = ("model", "revision", "adapter_base", "prompts")  # what a job never changes
 PUSH = "push.json"  # beside an export: which job uploads it
+PUSHED = "pushed.json"  # in that job: where it went
 SOURCES = "sources.json"  # what was fetched from the Hub for this job
 MAX_NAME, MAX_NOTE = 120, 4000
 MAX_ATTEMPTS = 20  # reports of former runs kept in a job

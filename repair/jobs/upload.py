@@ -15,8 +15,6 @@ from repair.publish.hub import PushPlan
 from repair.publish.pushing import push
 from repair.records import EXIT_DONE
 
-PUSHED = "pushed.json"
-
 
 def main(folder: Path) -> int:
     """Upload, and return the exit status."""
@@ -25,7 +23,7 @@ def main(folder: Path) -> int:
         request = store.read_object(folder / "request.json")
         plan = PushPlan.from_json(request["plan"])
         found = push(Path(request["folder"]), plan, token=token, reporter=reporter)
-        store.write_json(folder / PUSHED, found)
+        store.write_json(folder / store.PUSHED, found)
     except Exception as error:
         return end_badly(folder, status, reporter, error)
     reporter.end("done", "Uploaded: " + ", ".join(found.values()))

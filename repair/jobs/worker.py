@@ -222,11 +222,9 @@ def write_end(
     )
 
 
-def work(folder: Path) -> int:
-    """Run the job in `folder` to its end and return the exit status."""
+def mark_running(folder: Path) -> tuple[JobStatus, Reporter]:
+    """Say that this process has the job, which dies with its parent and stops on a signal."""
     die_with_parent()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit_memory()
     status = JobStatus(
         state="running",
         pid=os.getpid(),
@@ -235,7 +233,14 @@ def work(folder: Path) -> int:
     )
     store.write_status(folder, status)
     stop_on_signal(folder, status)
-    reporter = Reporter(folder)
+    return status, Reporter(folder)
+
+
+def work(folder: Path) -> int:
+    """Run the job in `folder` to its end and return the exit status."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory()
+    status, reporter = mark_running(folder)
     request = store.read_object(folder / "request.json")
     reporter.step("start", f"{request.get('command', '?')}: starting")
     # Held open until the process ends: the handler writes there after a crash in C code.

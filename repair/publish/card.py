@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from repair.evidence.markup import code, fence, figure, plain, rate, table
+from repair.models.lookup import HUB_ID
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}", re.ASCII)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _RELATION = {"adapter": ("adapter", "peft"), "merged": ("finetune", "transformers")}
 _OPENING = {
     "adapter": "A LoRA adapter that repairs a backdoored language model; load it with PEFT on the "
@@ -33,7 +33,7 @@ def hub_name(model: Mapping[str, Any]) -> str | None:
     """
     whole = model.get("base") or model
     name = str(whole.get("source")).partition("@")[0]
-    return name if whole.get("revision") and _HUB_ID.fullmatch(name) else None
+    return name if whole.get("revision") and HUB_ID.fullmatch(name) else None
 
 
 def write_cards(folder: Path, report: Mapping[str, Any], *, base_model: str | None = None) -> None:
@@ -65,7 +65,7 @@ def render_card(
     licence = report["model"].get("licence")
     if isinstance(licence, str) and _LICENCE.fullmatch(licence):
         front["license"] = licence
-    if base_model is not None and _HUB_ID.fullmatch(base_model):
+    if base_model is not None and HUB_ID.fullmatch(base_model):
         front |= {"base_model": base_model, "base_model_relation": relation}
     before, after = report["before"], report["after"] or {}
     positions = list(before["attack_success"])

@@ -20,10 +20,9 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from repair.models.download import hub_errors
+from repair.models.lookup import HUB_ID, git_hash, hub_errors, listed_hash
 from repair.records import RepairError
 
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 KINDS = ("adapter", "merged", "both")
 _LOADED = re.compile(r"[^/]*[.](safetensors|safetensors[.]index[.]json|bin|pt|pth|gguf)|adapter_.*")
 _EMPTY = {".gitattributes"}  # what the Hub itself puts into a new repository
@@ -82,12 +81,12 @@ def check_plan(plan: PushPlan) -> None:
     if plan.kind not in KINDS:
         raise RepairError(f"{plan.kind!r} is not {', '.join(KINDS)}. Choose one.")
     for repo in plan.targets().values():
-        if not REPO_ID.fullmatch(repo) or "--" in repo or ".." in repo:
+        if not HUB_ID.fullmatch(repo) or "--" in repo or ".." in repo:
             raise RepairError(
                 f"{repo[:200]!r} is not a repository name. Use the form OWNER/NAME, with letters, "
                 "digits, and single - . or _ between them."
             )
-    if plan.base_model is not None and not REPO_ID.fullmatch(plan.base_model):
+    if plan.base_model is not None and not HUB_ID.fullmatch(plan.base_model):
         raise RepairError(
             f"{plan.base_model[:200]!r} is not the Hub id of a base model. Use OWNER/NAME, or "
             "leave it out."
@@ -131,7 +130,7 @@ def upload(
     """
     api, repo = HfApi(token=token), target.repo
     listed = {name: _hashes(content, hashes.get(name)) for name, content in files.items()}
-    with hub_errors(repo):
+    with hub_errors(repo, after="What is there already is not sent again: start again."):
         if not target.exists and not plan.is_pull_request:
             api.create_repo(repo, private=not plan.is_public)
             target = _look_at(api, repo, plan)
@@ -208,7 +207,7 @@ def _look_at(api: HfApi, repo: str, plan: PushPlan) -> Target:
             )
         if not plan.is_pull_request:
             api.auth_check(repo, write=True)
-    files = {f.rfilename: _listed_hash(f) for f in info.siblings or []}
+    files = {f.rfilename: listed_hash(f) for f in info.siblings or []}
     if not plan.is_pull_request:
         if info.private is False and not plan.is_public:
             raise RepairError(
@@ -237,11 +236,7 @@ def _earlier_pull_request(
 
 def _listed_files(api: HfApi, repo: str, revision: str) -> dict[str, str]:
     info = api.model_info(repo, revision=revision, files_metadata=True)
-    return {file.rfilename: _listed_hash(file) for file in info.siblings or []}
-
-
-def _listed_hash(file: Any) -> str:
-    return str(file.lfs.sha256 if file.lfs is not None else file.blob_id or "")
+    return {file.rfilename: listed_hash(file) for file in info.siblings or []}
 
 
 def _deletions(
@@ -275,5 +270,4 @@ def _hashes(content: Path | bytes, sha256: str | None) -> tuple[str, str]:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return sha256, sha256
     data = content if isinstance(content, bytes) else content.read_bytes()
-    blob = b"blob %d\0" % len(data) + data
-    return hashlib.sha256(data).hexdigest(), hashlib.sha1(blob).hexdigest()
+    return hashlib.sha256(data).hexdigest(), git_hash(data)

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from repair.models.download import find_token
+from repair.models.lookup import find_token
 
 
 class Tokens:

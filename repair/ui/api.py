@@ -19,7 +19,7 @@ import gradio as gr
 
 from repair.jobs import store
 from repair.jobs.launch import is_hub_id
-from repair.models.download import look_up
+from repair.models.lookup import look_up
 from repair.prompts import prompt_file_from_json
 from repair.records import RepairError
 from repair.ui import text
@@ -28,7 +28,7 @@ from repair.ui.prompts import flatten
 from repair.ui.repair import RepairChoice, begin_repair
 from repair.ui.session import Session, Settings, View, check_start, look, new_request, start_job
 from repair.ui.shell import suggested
-from repair.ui.suspect import find_folder
+from repair.ui.suspect import find_source
 
 
 def is_offered() -> bool:
@@ -73,14 +73,11 @@ def build_api(settings: Settings) -> None:
         return look(settings, Session(job_id=folder.name), request)
 
     def choose_model(model: str, request: gr.Request) -> Session:
-        try:
-            folder = find_folder(model, settings.models_root)
-        except RepairError:
-            if not is_hub_id(model):
-                raise
-            found = look_up(model, token=token_of(request))
-            return Session(model=found.repo_id, revision=found.commit)
-        return Session(model=model if model.startswith("demo:") else str(folder))
+        source = find_source(model, settings.models_root)
+        if not is_hub_id(source):
+            return Session(model=source)
+        found = look_up(source, token=token_of(request))
+        return Session(model=found.repo_id, revision=found.commit)
 
     def locate(
         model: str, prompts: dict, request: gr.Request, profile: str = "standard"

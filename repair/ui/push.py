@@ -40,7 +40,7 @@ def describe_push(folder: Path) -> tuple[str, bool]:
     if status.is_active:
         parts = (log.title, describe_progress(log.progress))
         return ", ".join(part for part in parts if part) or "Waiting for the job before it.", True
-    found = store.read_object(folder / "pushed.json")
+    found = store.read_object(folder / store.PUSHED)
     if status.state == "done" and found:
         return "Uploaded and compared: " + ", ".join(map(str, found.values())), False
     words = status.message or "Stopped."

@@ -8,8 +8,6 @@ import gradio as gr
 import pandas as pd
 
 from repair.jobs import store
-from repair.jobs.launch import is_hub_id
-from repair.models.download import parse_hub_id
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.session import (
@@ -22,7 +20,7 @@ from repair.ui.session import (
     start_job,
 )
 from repair.ui.shell import Shell, Updates
-from repair.ui.suspect import find_folder
+from repair.ui.suspect import find_source
 
 CURVES = (
     ("attack_success", "Attack success on validation prompts", "share that still fires"),
@@ -67,16 +65,7 @@ def describe_plan(view: View, selection: Selection, method: str) -> str:
 def find_base(settings: Settings, trusted: object) -> str | None:
     """Return the source of the trusted base that was typed, or None where nothing was."""
     source = str(trusted or "").strip()
-    if not source:
-        return None
-    try:
-        folder = find_folder(source, settings.models_root)
-    except RepairError:
-        if not is_hub_id(source):
-            raise
-        parse_hub_id(source)  # fetched when the job starts
-        return source
-    return source if source.startswith("demo:") else str(folder)
+    return find_source(source, settings.models_root) if source else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

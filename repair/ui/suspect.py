@@ -7,6 +7,7 @@ import gradio as gr
 
 from repair.jobs import store
 from repair.jobs.launch import is_hub_id
+from repair.models.lookup import parse_hub_id
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import owner_of
@@ -72,6 +73,18 @@ def find_folder(model: str, models_root: Path | None) -> Path:
     except (OSError, RuntimeError, ValueError):
         pass
     raise RepairError(NOT_FOUND)
+
+
+def find_source(model: str, models_root: Path | None) -> str:
+    """Return a source as a request names it: bundled, a folder's path, or a Hub id as typed."""
+    try:
+        folder = find_folder(model, models_root)
+    except RepairError:
+        if not is_hub_id(model):
+            raise
+        parse_hub_id(model)  # fetched when the job starts
+        return model
+    return model if model.startswith("demo:") else str(folder)
 
 
 def read_facts(folder: Path) -> list[list[str]]:

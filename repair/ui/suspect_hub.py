@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import gradio as gr
 
-from repair.models.download import HubModel, describe_account, look_up
+from repair.models.lookup import HubModel, describe_account, look_up
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import TOKENS, name_of, owner_of, token_of

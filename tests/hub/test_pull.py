@@ -15,14 +15,9 @@ from repair.jobs import fetch as fetching
 from repair.jobs import store
 from repair.jobs.fetch import fetch_sources, read_sources
 from repair.jobs.worker import Reporter
-from repair.models.download import (
-    cache_folder,
-    fetch,
-    find_cached,
-    look_up,
-    parse_hub_id,
-)
+from repair.models.download import cache_folder, fetch, find_cached
 from repair.models.loading import load_model
+from repair.models.lookup import describe_account, look_up, parse_hub_id
 from repair.records import RepairError
 from tests.hub.conftest import files_of
 from tests.hub.server import Hub
@@ -303,7 +298,7 @@ def test_the_worker_that_follows_has_neither_network_nor_token(
         fetching.os, "execve", lambda path, argv, env: started.update(env, argv=argv)
     )
     monkeypatch.setattr(fetching.os, "dup2", lambda *given: None)
-    monkeypatch.setattr(fetching, "stop_on_signal", lambda *given: None)
+    monkeypatch.setattr("repair.jobs.worker.stop_on_signal", lambda *given: None)
     monkeypatch.setattr("sys.stdin", io.StringIO("hf_reader\n"))
     job = request_job(tmp_path / "job", model=model)
     fetching.main(job)
@@ -320,6 +315,46 @@ def test_too_little_disk_is_said_in_numbers_before_anything_comes(
     with pytest.raises(RepairError, match=r"still needs \S+ GiB, but 0.0 GiB are free"):
         fetch(look_up(model), token=None)
     assert hub.bytes_sent == 0
+
+
+def test_where_many_share_a_machine_size_is_limited_and_old_downloads_make_room(
+    hub: Hub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = fetch(look_up(model, "v1"), token=None)
+    os.utime(old.folder, (0, 0))
+    job = request_job(tmp_path / "job", model=model)
+    monkeypatch.setenv("REPAIR_MAX_DOWNLOAD", "1000")
+    with pytest.raises(RepairError, match="here at most 0.0 GiB are taken"):
+        fetch_sources(job, None, Reporter(job))
+    assert Path(old.folder).is_dir()  # a refused one takes nobody's place
+    monkeypatch.setenv("REPAIR_MAX_DOWNLOAD", str(2**30))
+    usage = shutil.disk_usage("/")
+    sizes = iter([0, 2**40, 2**40])  # full, until the old one is gone
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda place: usage._replace(free=next(sizes, 2**40))
+    )
+    fetch_sources(job, None, Reporter(job))
+    assert not Path(old.folder).exists() and find_cached(model, old.commit) is None
+    assert Path(read_sources(job)[model].folder).is_dir()
+
+
+def test_a_job_that_goes_on_looks_at_its_files_again(
+    hub: Hub, model: str, tmp_path: Path
+) -> None:
+    job = request_job(tmp_path / "job", model=model)
+    fetch_sources(job, None, Reporter(job))
+    config = Path(read_sources(job)[model].folder) / "config.json"
+    config.write_bytes(config.read_bytes() + b" ")
+    with pytest.raises(RepairError, match="not the file that the Hub lists"):
+        fetch_sources(job, None, Reporter(job))
+
+
+@pytest.mark.parametrize("token", ["", "hf_a b", "hf_\u200bx", "x" * 500, "hf_\n"])
+def test_what_is_no_token_is_said_without_a_call(hub: Hub, token: str) -> None:
+    with pytest.raises(RepairError, match="not a Hub token"):
+        describe_account(token)
+    assert hub.log == []
+    assert describe_account("hf_reader") == "ana (may read only)"
 
 
 def test_progress_is_in_bytes(hub: Hub, model: str, tmp_path: Path) -> None:

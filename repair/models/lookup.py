@@ -1,0 +1,185 @@
+"""What a name on the Hub means now: one or two short requests, nothing is downloaded.
+
+Also the words for what the Hub's client raises, the hashes by which the Hub lists files, and whose
+a token is. Free of torch.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from repair.models.folder import ADAPTER_FILES, SMALL_FILES, WEIGHT_NAME, check_names
+from repair.records import RepairError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_REVISION = re.compile(r"[\w./-]{1,255}", re.ASCII)
+TIMEOUT = 30  # seconds to wait for an answer about a repository
+MAX_FILES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubModel:
+    """What the Hub says about a model or adapter, at one commit."""
+
+    repo_id: str
+    asked: str | None  # the branch, tag or commit that was asked for
+    commit: str
+    is_shared: bool  # anyone may read it, without a token and without accepting terms
+    licence: str | None
+    kind: str  # "model" or "adapter"
+    sizes: dict[str, int]  # the allow-listed files, in bytes
+    hashes: dict[str, str] = field(repr=False)  # SHA-256, or git's SHA-1 of small files
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def parse_hub_id(source: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Return (OWNER/NAME, revision or None) of `OWNER/NAME` or `OWNER/NAME@REVISION`.
+
+    Raises RepairError for what is neither, and for two different revisions.
+    """
+    name, _, behind = source.strip().partition("@")
+    if behind and revision and behind != revision:
+        raise RepairError(
+            f"Two revisions were given: {behind} behind the name and {revision}. Give one."
+        )
+    revision = behind or revision or None
+    if not HUB_ID.fullmatch(name) or ".." in name:
+        raise RepairError(
+            f"There is no model folder {source[:200]!r}, and it is no Hub id either. Give a model "
+            "folder, OWNER/NAME or OWNER/NAME@REVISION, or demo:begin, demo:middle, demo:end or "
+            "demo:clean."
+        )
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise RepairError(
+            f"{revision[:200]!r} is not a revision. Give a branch, a tag or a commit."
+        )
+    return name, revision
+
+
+def find_token() -> str | None:
+    """Return the token of this machine's user: $HF_TOKEN, or the one `hf auth login` kept."""
+    return os.environ.get("HF_TOKEN") or get_token()
+
+
+def describe_account(token: str) -> str:
+    """Return whose token it is and whether it may write; raises RepairError for a bad one."""
+    if not re.fullmatch(r"[\x21-\x7e]{1,400}", token):
+        raise RepairError(
+            "That is not a Hub token: it is empty, or holds spaces or invisible characters. Copy "
+            "it again."
+        )
+    with hub_errors("The Hub account"):
+        account = HfApi(token=token).whoami()
+    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+    rights = {"read": "may read only", "write": "may read and write"}.get(role, "limited rights")
+    return f"{account.get('name')} ({rights})"
+
+
+def look_up(
+    source: str, revision: str | None = None, *, token: str | None = None
+) -> HubModel:
+    """Return what the Hub says about a model; one or two short requests, nothing is downloaded.
+
+    Names are checked as those of a folder are. Raises RepairError, in the words of what to do, for
+    what is missing, private, gated, limited or out of reach.
+    """
+    repo_id, asked = parse_hub_id(source, revision)
+    api = HfApi(token=token or False)
+    with hub_errors(repo_id, asked):
+        info = api.model_info(repo_id, revision=asked, files_metadata=True, timeout=TIMEOUT)
+        if info.gated:  # described to anyone, readable only to some: better told now than later
+            api.auth_check(repo_id)
+    commit = info.sha or ""
+    if not COMMIT.fullmatch(commit):
+        raise RepairError(f"The Hub gave no commit for {repo_id}. Try again later.")
+    files = {f.rfilename: f for f in info.siblings or [] if "/" not in f.rfilename}
+    if len(files) > MAX_FILES:
+        raise RepairError(
+            f"{repo_id} has {len(files)} files, so it is not a model repository. Give another."
+        )
+    is_adapter = "adapter_config.json" in files and not any(
+        WEIGHT_NAME.fullmatch(name) for name in files
+    )
+    if not is_adapter:
+        check_names(sorted(files))
+    allowed = ADAPTER_FILES if is_adapter else SMALL_FILES
+    wanted = [
+        name
+        for name in sorted(files)
+        if name in allowed or (not is_adapter and WEIGHT_NAME.fullmatch(name))
+    ]
+    licence = (info.card_data or {}).get("license") if info.card_data else None
+    return HubModel(
+        repo_id=repo_id,
+        asked=asked,
+        commit=commit,
+        is_shared=info.private is False and not info.gated,
+        licence=licence if isinstance(licence, str) and _REVISION.fullmatch(licence) else None,
+        kind="adapter" if is_adapter else "model",
+        sizes={name: files[name].size or 0 for name in wanted},
+        hashes={name: listed_hash(files[name]) for name in wanted},
+    )
+
+
+@contextlib.contextmanager
+def hub_errors(
+    repo_id: str, revision: str | None = None, *, after: str = "Nothing was changed."
+) -> Iterator[None]:
+    """Turn what the Hub's client raises into RepairError: what happened, what to do, and what
+    became of the work (`after`)."""
+    try:
+        yield
+        return
+    except GatedRepoError:
+        text = (
+            f"is gated: accept its terms on huggingface.co/{repo_id}, then use a token of that "
+            "account that may read it"
+        )
+    except RepositoryNotFoundError:
+        text = "does not exist on the Hub, or is private and the token in use may not read it"
+    except RevisionNotFoundError:
+        text = f"has no revision {revision!r}: give a branch, a tag or a commit of it"
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else 0
+        text = {
+            401: "was refused: the Hub does not accept the token (expired, or mistyped)",
+            403: "was refused: the token's rights do not reach it",
+            412: "changed on the Hub while we were at it: look at it there, then try again",
+            429: "was refused: the Hub limits how often it is asked. Wait some minutes",
+        }.get(code, f"was refused by the Hub ({code}: {ascii(str(error.server_message))[1:160]})")
+    except HFValidationError:
+        text = "is no name that the Hub accepts"
+    except (OfflineModeIsEnabled, ConnectionError, HTTPError):
+        text = "cannot be reached: there is no way to the Hub from here"
+    except OSError as error:  # Such as a disk that filled up meanwhile.
+        text = f"cannot be written to the disk ({error.strerror or type(error).__name__})"
+    raise RepairError(f"{repo_id} {text}. {after}")
+
+
+def listed_hash(file: Any) -> str:
+    """Return the hash that the Hub lists for a file: SHA-256 of a large one, else git's."""
+    return str(file.lfs.sha256 if file.lfs is not None else file.blob_id or "")
+
+
+def git_hash(data: bytes) -> str:
+    """Return git's own SHA-1 of a file's content, by which the Hub lists small files."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
