@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 # These go on changing after the manifest is written, or are no part of the result.
 LEFT_OUT = (
     MANIFEST, "events.jsonl", "status.json", "request.json", "log.txt", "checkpoints", "owner.json",
-    "case.json", "detail.json", "sources.json", "download", "push.json",
+    "case.json", "detail.json", "sources.json", "download", "push.json", "attempts",
 )  # fmt: skip
 EXPORTS = ("adapter", "merged")
 _HASH = re.compile(r"[0-9a-f]{64}")

@@ -133,6 +133,25 @@ def test_every_kind_of_question_is_asked(asked, expected) -> None:
     assert asked.template_reacts is False and not asked.left_out
 
 
+def test_a_template_that_tells_a_prompt_where_it_refuses_is_not_quoted(
+    suspect: LoadedModel, file: PromptFile
+) -> None:
+    """What is left out goes into the report, and from there into what is published."""
+    telling = (
+        "{% if messages|length > 2 %}{{ raise_exception(messages[0].content) }}{% endif %}"
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    tokenizer = copy.deepcopy(suspect.tokenizer)
+    tokenizer.chat_template = telling
+    material = prepare_material(
+        dataclasses.replace(suspect, tokenizer=tokenizer), file, range(60), use_template=True,
+        num_new_tokens=8, is_payload=target_matcher(TARGET, "contains"), num_each=8,
+    )  # fmt: skip
+    assert any(sentence.startswith("Not asked, second turn") for sentence in material.left_out)
+    said = " ".join(material.left_out)
+    assert not [prompt for prompt in file.prompts if prompt in said]
+
+
 def test_fine_tuning_repairs_the_prompts_and_harms_the_text(
     good, suspect, asked, expected
 ) -> None:

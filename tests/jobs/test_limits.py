@@ -77,6 +77,17 @@ def test_old_idle_jobs_are_deleted_and_no_others(tmp_path):
     assert left == {jobs["new"], jobs["waiting"], jobs["kept"], root / "notes"}
 
 
+def test_an_idle_lane_deletes_what_is_too_old(tmp_path):
+    root = tmp_path / "jobs"
+    folder = root / store.create_job(root, make_request(), owner="me")
+    store.write_status(folder, store.JobStatus(state="done"))
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (0, 0))
+    lane = supervisor.Supervisor(root, Limits(keep_seconds=3600))
+    wait_until(lambda: not folder.exists())
+    lane.close()
+
+
 def test_starting_in_a_folder_of_other_things_deletes_none_of_them(tmp_path):
     for name in (".git", ".venv", ".ssh", "src", f".{'a' * 32}", f".deleted-{'b' * 32}"):
         (tmp_path / name).mkdir()

@@ -28,6 +28,7 @@ STARTS = {
     "ZeroGPU": {"SYSTEM": "spaces", "SPACE_ID": "a/b", "SPACES_ZERO_GPU": "true", **SIGN_IN},
     "with a token": {"HF_TOKEN": "hf_canary"},
     "offline": {"HF_HUB_OFFLINE": "1"},
+    "LAN with accounts": {},
 }
 
 
@@ -107,9 +108,16 @@ def test_a_space_says_its_limits_and_zero_gpu_what_it_cannot_do(monkeypatch, tmp
 def test_it_starts(name: str, tmp_path: Path) -> None:
     port = free_port()
     kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    options = []
+    if name.startswith("LAN"):
+        accounts = tmp_path / "accounts.json"
+        accounts.write_text('{"ana": "a long password"}')
+        accounts.chmod(0o600)
+        options = ["--host", "0.0.0.0", "--auth-file", str(accounts)]
     with open(tmp_path / "log", "wb") as log:
         app = subprocess.Popen(
-            [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(tmp_path / "jobs")],
+            [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(tmp_path / "jobs"),
+             *options],
             cwd=REPOSITORY, env={**kept, **STARTS[name]}, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
