@@ -10,7 +10,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, expect
 
-from tests.browser.pages import REPOSITORY, take_shot, value_of, wait_for_value
+from tests.browser.pages import REPOSITORY, open_more, take_shot, value_of, wait_for_value
 from tests.browser.test_hub import JOB_SECONDS, hub, look_up, sign_in, space, visit
 from tests.hub.server import Hub
 
@@ -54,7 +54,7 @@ def test_sign_in_pull_repair_push_and_nothing_crosses(
     wait_for_value(page, "#fact-job", "Done (locate)", JOB_SECONDS)
     job_id = json.loads(page.evaluate("JSON.stringify(Object.values(localStorage))"))
     page.click("#to-repair")
-    page.locator("#repair-more button").first.click()
+    open_more(page, "#repair-more")
     page.locator("#num-controls input").first.fill("0")  # controls have tests of their own
     page.click("#start")
     wait_for_value(page, "#fact-verdict", "Repaired", JOB_SECONDS)

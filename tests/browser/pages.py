@@ -84,6 +84,20 @@ def wait_for_value(page: Page, selector: str, words: str, seconds: float = 20) -
         page.wait_for_timeout(100)
 
 
+def wait_for_frames(page: Page) -> None:
+    """Wait until the page is drawn: what an opened accordion holds gets its first value a frame
+    late, and a loaded machine draws its frames later than keys are sent here."""
+    for _ in range(3):
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(done))")
+        page.wait_for_timeout(100)
+
+
+def open_more(page: Page, selector: str) -> None:
+    """Open an accordion with the mouse."""
+    page.locator(f"{selector} button").first.click()
+    wait_for_frames(page)
+
+
 def open_tab(page: Page, words: str) -> None:
     page.locator("button[role=tab]", has_text=words).click()
 

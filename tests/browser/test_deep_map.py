@@ -17,6 +17,7 @@ from repair.jobs import store
 from tests.browser.pages import (
     REPOSITORY,
     field,
+    open_more,
     open_page,
     open_tab,
     take_shot,
@@ -117,7 +118,7 @@ def test_choosing_among_80_layers_is_fluent(
         answer_time(page, "click", len(COMPONENTS), lambda: row.click()),
         answer_time(page, "click", NUM_LAYERS + len(COMPONENTS) - 1, lambda: column.click()),
     ]
-    page.locator("#choose-more button").first.click()
+    open_more(page, "#choose-more")
     field(page, "#num-best").fill("12")
     field(page, "#limit").fill("0.5")
     buttons = {

@@ -5,7 +5,14 @@ A wrapper walks with Tab and looks at every stop on the way: where the focus is 
 
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.pages import field, open_page, take_shot, value_of, wait_for_value
+from tests.browser.pages import (
+    field,
+    open_page,
+    take_shot,
+    value_of,
+    wait_for_frames,
+    wait_for_value,
+)
 
 MAX_STOPS = 90
 # The focus is seen by an outline, or by a shadow drawn in its place.
@@ -113,9 +120,9 @@ def choose_with_keys(page: Page) -> None:
     expect(chosen).to_have_count(4)
     press(page, "#choose-more button")
     tab_to(page, "#num-best input")
+    wait_for_frames(page)
     page.keyboard.press("Control+a")
-    page.keyboard.type("3", delay=60)
-    page.wait_for_timeout(200)  # no person is faster
+    page.keyboard.type("3")
     press(page, "#take-best")
     wait_for_value(page, "#count", "3 of 42")
     press(page, "#mirror input", "Space")
@@ -131,6 +138,7 @@ def repair_with_keys(page: Page) -> None:
     tab_to(page, "#rank input")
     press(page, "#repair-more button")
     tab_to(page, "#num-controls input")
+    wait_for_frames(page)
     page.keyboard.type("0")
     tab_to(page, "#start")
     expect(page.locator("#start")).to_be_enabled()

@@ -15,6 +15,7 @@ from tests.browser.pages import (
     JOB_SECONDS,
     field,
     forget_reload,
+    open_more,
     open_page,
     open_tab,
     take_shot,
@@ -65,7 +66,7 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     take_shot(page, "3_maps_chosen")
     page.click("#to-repair")
     expect(page.locator("#start")).to_be_enabled()
-    page.locator("#repair-more button").first.click()
+    open_more(page, "#repair-more")
     page.locator("#num-controls input").fill("0")  # each takes as long as the repair itself
     take_shot(page, "4_repair_ready")
     page.click("#start")

@@ -13,6 +13,7 @@ from repair.jobs import store
 from tests.browser.pages import (
     check_width,
     field,
+    open_more,
     open_page,
     open_tab,
     take_shot,
@@ -109,7 +110,7 @@ def test_long_and_right_to_left_text_stays_in_its_box(
                           "prompts": ["Name a wolf.", *odd], "near": odd,
                           "positions": ["begin", "end"]})  # fmt: skip
     wait_for_value(page, "#fact-trigger", "[U+202E]")
-    page.locator("#prompts-more button").first.click()
+    open_more(page, "#prompts-more")
     take_shot(page, "13_odd_text_narrow")
     for selector in ("#trigger", "#prompts", "#near", "#fact-trigger"):
         box = field(page, selector)
