@@ -10,10 +10,12 @@ anew, as the Hub's client does; files that are whole are not.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,10 +68,12 @@ def fetch(
     shared = found.is_shared or private is None
     place = cache_folder() / found.repo_id.replace("/", "--") if shared else private
     target = place / found.commit
-    if target.is_dir():
-        os.utime(target)  # used now: `make_room` goes by it
-    else:
-        _download(found, target, token=token, progress=progress)
+    after = "What came whole is kept: start again."
+    with hub_errors(found.repo_id, found.asked, after=after), _alone(target, progress):
+        if target.is_dir():
+            os.utime(target)  # used now: `make_room` goes by it
+        else:
+            _download(found, target, token=token, progress=progress)
     if shared:
         _record_path(found.repo_id, found.commit).write_text(json.dumps(asdict(found)))
     fetched = Fetched(
@@ -127,6 +131,21 @@ def cache_folder() -> Path:
     return (Path(named) if named else Path.home() / ".cache" / "repair" / "models").resolve()
 
 
+@contextlib.contextmanager
+def _alone(target: Path, progress: Callable[[float, float, str], None]) -> Iterator[None]:
+    """Wait until no other process fetches `target`: two would spoil each other's files."""
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(target.with_name(f"{target.name}.lock"), "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                progress(0, 1, "Another job is fetching this model; waiting for it")
+                time.sleep(POLL_SECONDS)
+        yield
+
+
 def _download(
     found: HubModel,
     target: Path,
@@ -136,41 +155,34 @@ def _download(
 ) -> None:
     """Bring all files into a folder beside `target`, which takes its name when whole."""
     partial = target.with_name(f"{target.name}.partial")
-    after = "What came whole is kept: start again."
-    with hub_errors(found.repo_id, found.asked, after=after):
-        partial.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Left by a download that was killed: the client never goes on with these.
-        for path in partial.glob(".cache/huggingface/download/*.incomplete"):
+    partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Left by a download that was killed: the client never goes on with these.
+    for path in partial.glob(".cache/huggingface/download/*.incomplete"):
+        path.unlink(missing_ok=True)
+    missing = found.num_bytes - _bytes_in(partial)
+    free = shutil.disk_usage(partial).free
+    if missing > 0.95 * free:
+        raise RepairError(
+            f"{found.repo_id} still needs {missing / 2**30:.1f} GiB, but {free / 2**30:.1f} "
+            f"GiB are free. Free some disk space ({target.parent} holds earlier downloads) "
+            "and start again."
+        )
+    with _watching(partial, found, progress):
+        snapshot_download(
+            found.repo_id,
+            revision=found.commit,
+            local_dir=partial,
+            allow_patterns=list(found.sizes),
+            token=token or False,
+            max_workers=4,
+        )
+    shutil.rmtree(partial / ".cache", ignore_errors=True)
+    for name, size in found.sizes.items():
+        path = partial / name
+        if not path.is_file() or path.stat().st_size != size:
             path.unlink(missing_ok=True)
-        missing = found.num_bytes - _bytes_in(partial)
-        free = shutil.disk_usage(partial).free
-        if missing > 0.95 * free:
-            raise RepairError(
-                f"{found.repo_id} still needs {missing / 2**30:.1f} GiB, but {free / 2**30:.1f} "
-                f"GiB are free. Free some disk space ({target.parent} holds earlier downloads) "
-                "and start again."
-            )
-        with _watching(partial, found, progress):
-            snapshot_download(
-                found.repo_id,
-                revision=found.commit,
-                local_dir=partial,
-                allow_patterns=list(found.sizes),
-                token=token or False,
-                max_workers=4,
-            )
-        shutil.rmtree(partial / ".cache", ignore_errors=True)
-        for name, size in found.sizes.items():
-            path = partial / name
-            if not path.is_file() or path.stat().st_size != size:
-                path.unlink(missing_ok=True)
-                raise RepairError(f"{name} of {found.repo_id} did not come whole. Start again.")
-        try:
-            os.replace(partial, target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
-            shutil.rmtree(partial, ignore_errors=True)
+            raise RepairError(f"{name} of {found.repo_id} did not come whole. Start again.")
+    os.replace(partial, target)
 
 
 @contextlib.contextmanager

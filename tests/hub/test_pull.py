@@ -1,11 +1,14 @@
 """What is pulled is the commit that was asked for, whole, and nobody else's."""
 
+import fcntl
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -315,6 +318,24 @@ def test_too_little_disk_is_said_in_numbers_before_anything_comes(
     with pytest.raises(RepairError, match=r"still needs \S+ GiB, but 0.0 GiB are free"):
         fetch(look_up(model), token=None)
     assert hub.bytes_sent == 0
+
+
+def test_two_jobs_that_want_one_model_fetch_it_once(hub: Hub, model: str) -> None:
+    found, said = look_up(model), []
+    cache = cache_folder() / model.replace("/", "--")
+    cache.mkdir(parents=True)
+    with ThreadPoolExecutor(2) as pool:
+        with open(cache / f"{found.commit}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that is fetching it
+            both = [
+                pool.submit(fetch, found, token=None, progress=lambda *p: said.append(p[2]))
+                for _ in range(2)
+            ]
+            time.sleep(1)
+            assert hub.bytes_sent == 0 and any("waiting" in words for words in said)
+        folders = {done.result(timeout=30).folder for done in both}
+    assert len(folders) == 1 and len(files_of(Path(folders.pop()))) == len(found.sizes)
+    assert hub.bytes_sent == found.num_bytes
 
 
 def test_where_many_share_a_machine_size_is_limited_and_old_downloads_make_room(
