@@ -22,7 +22,8 @@ from repair import prompts
 from repair.batch import Ended, run_batch
 from repair.jobs import launch, output, store
 from repair.jobs.progress import Display, one_line
-from repair.options import DEFAULT_CONTROLS, build_parser
+from repair.options import build_parser
+from repair.profiles import PROFILES
 from repair.records import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -66,7 +67,7 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
     against = getattr(options, "against", None)
     controls = getattr(options, "controls", None)
     if controls is None:
-        controls = DEFAULT_CONTROLS[options.profile]
+        controls = PROFILES[options.profile].num_controls
     return {
         "command": options.command,
         "model": model,

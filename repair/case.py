@@ -14,6 +14,7 @@ from repair.models.answers import generate_answers, target_matcher
 from repair.models.fidelity import text_notices
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import check_length, encode, encode_pairs
+from repair.profiles import Profile
 from repair.prompts import insert_trigger, split_prompts, top_up_with_carriers
 from repair.records import (
     EXIT_COULD_NOT_CHECK,
@@ -36,43 +37,6 @@ class Reporter(Protocol):
     def progress(self, done: float, total: float, text: str = "") -> None: ...
     def metric(self, name: str, **numbers: float | int | None) -> None: ...
     def note(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """How many prompts each step may use, and how long training may go on."""
-
-    num_locate: int
-    num_repair: int
-    num_validate: int
-    num_evaluate: int
-    num_patched_pairs: int
-    num_steps: int
-    num_besides: int  # prompts for each kind of question besides the gated ones
-    num_stressed: int  # prompts asked after each stress; 0: none is tried
-    with_training: bool = False  # benign tuning and relearning as well
-    most_exact: int | None = 160  # a model with more modules is screened by gradients first
-
-    @property
-    def num_prompts(self) -> int:
-        return self.num_locate + self.num_repair + self.num_validate + self.num_evaluate
-
-
-PROFILES = {
-    "quick": Profile(
-        num_locate=40, num_repair=120, num_validate=60, num_evaluate=200,
-        num_patched_pairs=12, num_steps=60, num_besides=24, num_stressed=0,
-    ),
-    "standard": Profile(
-        num_locate=64, num_repair=200, num_validate=96, num_evaluate=400,
-        num_patched_pairs=32, num_steps=150, num_besides=60, num_stressed=120,
-    ),
-    "full": Profile(
-        num_locate=96, num_repair=300, num_validate=128, num_evaluate=400,
-        num_patched_pairs=64, num_steps=200, most_exact=None, num_besides=200, num_stressed=200,
-        with_training=True,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

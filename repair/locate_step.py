@@ -6,6 +6,7 @@ from pathlib import Path
 
 from repair import locate_file
 from repair.case import Case, make_lessons
+from repair.limits import FACTORS_KEPT
 from repair.locate import locating, steps
 from repair.locate.curvature import Whitening
 from repair.locate.lessons import Lessons
@@ -19,8 +20,6 @@ from repair.records import (
     ModuleRef,
     RepairError,
 )
-
-FACTOR_MEMORY_BYTES = 2 << 30
 
 
 @dataclass(kw_only=True)
@@ -53,7 +52,7 @@ class Located:
 
     def fits(self, modules: Sequence[ModuleRef]) -> bool:
         """Return whether the factors of all `modules` fit the memory budget together."""
-        return sum(map(steps.whitening_bytes, modules)) <= FACTOR_MEMORY_BYTES
+        return sum(map(steps.whitening_bytes, modules)) <= FACTORS_KEPT
 
 
 def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> Located:
@@ -77,7 +76,7 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
         )
     with clock.step("curvature", "Measuring Fisher curvature"):
         modules = steps.shortlist(
-            loaded.modules, patched.main, memory_bytes=FACTOR_MEMORY_BYTES
+            loaded.modules, patched.main, memory_bytes=FACTORS_KEPT
         )
         formed = {ref.path for ref in modules}
         curvature = steps.measure_curvature(

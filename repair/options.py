@@ -7,7 +7,6 @@ from typing import NoReturn
 from repair.records import RepairError
 
 EXPORT_KINDS = ("merged", "adapter")
-DEFAULT_CONTROLS = {"quick": 3, "standard": 3, "full": 20}
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -33,6 +32,7 @@ from repair.evidence.report import build_report, write_report
 from repair.locate_file import Map
 from repair.lowrank.growth import GrowthPoint
 from repair.lowrank.repairing import Repaired
+from repair.machine import forget_peak, peak_memory
 from repair.models.loading import LoadedModel
 from repair.publish.card import hub_name, write_cards
 from repair.publish.export import write_export
@@ -68,18 +68,27 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "token
 
 
 class Clock:
-    """Seconds by step, for the report; each step is told to the reporter as it begins."""
+    """Seconds and peak memory by step, for the report; the reporter is told each step's begin."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}  # bytes of main memory
+        self.device_peaks: dict[str, int] = {}  # and of a GPU's
 
     @contextmanager
     def step(self, name: str, title: str) -> Iterator[None]:
         self.reporter.step(name, title)
+        forget_peak()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.peaks[name] = max(self.peaks.get(name, 0), peak_memory())
+        if torch.cuda.is_initialized():
+            used = torch.cuda.max_memory_allocated()
+            self.device_peaks[name] = max(self.device_peaks.get(name, 0), used)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +260,12 @@ class Outcome:
                 name: len(getattr(case.splits, name))
                 for name in ("locate", "repair", "validate", "evaluate")
             },
-            seconds={name: round(value, 3) for name, value in self.clock.seconds.items()},
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            cost={
+                "seconds": {name: round(value, 3) for name, value in self.clock.seconds.items()},
+                "peak_memory_bytes": max(self.clock.peaks.values(), default=0) or None,
+                "peak_memory_by_step": self.clock.peaks,
+                "peak_device_memory_by_step": self.clock.device_peaks,
+            },
             environment=_environment(case),
             target=case.target,
             num_without_middle=self.material.num_without_middle,

@@ -17,7 +17,7 @@ from typing import Any
 
 from repair import locate_file
 from repair.ask_step import ask_models
-from repair.case import PROFILES, Case, Reporter, make_validation, open_case
+from repair.case import Case, Reporter, make_validation, open_case
 from repair.evidence.controls import run_controls
 from repair.evidence.evaluation import as_exported, collect_samples, evaluate_candidate
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
@@ -30,8 +30,10 @@ from repair.lowrank.distillation import DivergedError
 from repair.models.download import Fetched, sources_from_json
 from repair.models.loading import LoadedModel, load_model
 from repair.models.modules import num_layers
+from repair.needs_step import needs_check
 from repair.outcome import Clock, Outcome, draw_maps, drop_results
 from repair.plan import check_request, chosen_paths, make_plan
+from repair.profiles import PROFILES
 from repair.prompts import prompt_file_from_json
 from repair.publish.export import verify_export
 from repair.records import (
@@ -266,6 +268,7 @@ def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[
                 adapter_base=request.get("adapter_base"),
                 device=request.get("device", "auto"),
                 dtype=request.get("dtype", "auto"),
+                check=needs_check(request, clock.reporter),
             )
             for finding in loaded.staged.findings:
                 clock.reporter.note(finding)

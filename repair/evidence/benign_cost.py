@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from repair.models.answers import BATCH_TOKENS, ScoringBatch, answer_logits, scoring_batches
+from repair.limits import ANSWER_TOKENS, SCORING_ELEMENTS, SCORING_ELEMENTS_ON_GPU
+from repair.models.answers import ScoringBatch, answer_logits, scoring_batches
 from repair.models.loading import LoadedModel
-
-SCORING_ELEMENTS = 1 << 27  # logits of one scoring batch: 512 MiB as float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +41,9 @@ def benign_cost(
     is in memory at a time.
     """
     vocabulary = original.model.get_output_embeddings().weight.shape[0]
-    budget = max(256, min(BATCH_TOKENS, SCORING_ELEMENTS // vocabulary))
+    on_gpu = str(original.device) != "cpu"
+    most = SCORING_ELEMENTS_ON_GPU if on_gpu else SCORING_ELEMENTS
+    budget = max(256, min(ANSWER_TOKENS, most // vocabulary))
     is_same = candidate.model is original.model and changed is None
     nll = 0.0
     kls = torch.zeros(len(prompts), dtype=torch.float64)

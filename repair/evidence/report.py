@@ -80,8 +80,7 @@ def build_report(
     localisation: Mapping[str, Any] | None = None,
     export: Mapping[str, Any] | None = None,
     against: Mapping[str, Any] | None = None,
-    seconds: Mapping[str, float] | None = None,
-    peak_memory_bytes: int | None = None,
+    cost: Mapping[str, Any],
     environment: Mapping[str, Any] | None = None,
     target: str | None = None,
     num_without_middle: int = 0,
@@ -95,7 +94,8 @@ def build_report(
     each step used; `export` is what `publish.export.write_export` returned; `notes` are limits of
     this run in whole sentences; `growth` says what more modules or rank would buy; `shams` how
     many were tried and inert in the suspect; `tensors` which parameters of a candidate differ;
-    `reason` why there was no repair, and `instead` what the suspect says in the target's place.
+    `cost` what each step took; `reason` why there was no repair, and `instead` what the suspect
+    says in the target's place.
     """
     flat_plan = plan.to_json() if isinstance(plan, RepairPlan) else plan
     report = {
@@ -138,7 +138,7 @@ def build_report(
         "examples": [sample.to_json() for sample in _examples(samples)],
         "outcomes": _outcomes(samples),
         "export": export,
-        "cost": {"seconds": dict(seconds or {}), "peak_memory_bytes": peak_memory_bytes},
+        "cost": dict(cost),
         "environment": dict(environment or {}),
         "definitions": {
             **DEFINITIONS,

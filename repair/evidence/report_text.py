@@ -178,9 +178,13 @@ def _reproduction(report: Mapping[str, Any]) -> list[str]:
             ]
             rows = [[code(name), code(flat["after"])] for name, flat in tensors.items()]
             lines += table(["changed tensor", "SHA-256 after"], rows)
-    seconds = [[code(k), figure(v)] for k, v in report["cost"]["seconds"].items()]
-    if seconds:
-        lines += ["### Cost", "", *table(["step", "seconds"], seconds)]
+    peaks = report["cost"].get("peak_memory_by_step") or {}
+    rows = [
+        [code(name), figure(seconds), str(int(peaks.get(name) or 0) or "not known")]
+        for name, seconds in report["cost"]["seconds"].items()
+    ]
+    if rows:
+        lines += ["### Cost", "", *table(["step", "seconds", "peak bytes"], rows)]
     if report["cost"]["peak_memory_bytes"] is not None:
         lines += [f"Peak memory: {report['cost']['peak_memory_bytes']} bytes.", ""]
     if report["environment"]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from repair.jobs import store
-from repair.jobs.machine import total_memory
 from repair.jobs.store import JobStatus
+from repair.machine import total_memory
 from repair.records import (
     EXIT_BAD_INPUT,
     EXIT_COULD_NOT_CHECK,

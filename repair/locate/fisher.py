@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repair.limits import FISHER_TOKENS
 from repair.locate.lessons import Lesson, kl_from_teacher
 from repair.models.answers import answer_logits, scoring_batches
 from repair.models.hooks import apply_updates, record_gradients, record_inputs
@@ -25,7 +26,6 @@ from repair.models.loading import LoadedModel
 from repair.models.modules import decoder_layers
 from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
 
-BATCH_TOKENS = 512  # of one pass on a CPU: what a pass keeps then fits memory that is reused
 ON_GPU = 16  # times as many
 GRAM_BLOCK = 512
 DIAGONAL_BLOCK = 128  # Smaller: of these, half is not needed.
@@ -259,7 +259,7 @@ def price_updates(
 
 
 def _batch_tokens(loaded: LoadedModel) -> int:
-    return BATCH_TOKENS * (1 if str(loaded.device) == "cpu" else ON_GPU)
+    return FISHER_TOKENS * (1 if str(loaded.device) == "cpu" else ON_GPU)
 
 
 def add_gram(sums: dict[str, Tensor], path: str, rows: Tensor) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repair.limits import PATCHING_KEPT, PATCHING_TOKENS
 from repair.locate.counterfactuals import (
     AFTER,
     ANSWER,
@@ -34,8 +35,6 @@ from repair.models.modules import has_uncovered_matrices
 from repair.records import EXIT_COULD_NOT_CHECK, ModuleRef, PatchingScores, RepairError
 
 SMALLEST_MARGIN = 1.0  # nats; a pair that the counterfactual moves less has no effect to explain
-BATCH_TOKENS = 2_048  # rows times tokens of the unpatched runs; more gains nothing
-KEPT_BYTES = 1 << 30  # of main memory for what both unpatched runs keep of every module
 BEHIND = (AFTER, TEMPLATE, LAST, ANSWER)
 EVERYWHERE = (TRIGGER, *BEHIND)
 ROLE_SETS = {"all": EVERYWHERE, "trigger": (TRIGGER,), "after": BEHIND}
@@ -151,10 +150,10 @@ def batch_cases(
     The outputs of `modules` in both unpatched runs are kept, which sets a group's size.
     """
     per_token = 2 * 4 * sum(ref.d_out for ref in modules)
-    kept_bytes = KEPT_BYTES
+    kept_bytes = PATCHING_KEPT
     if str(loaded.device).startswith("cuda"):
         kept_bytes = torch.cuda.mem_get_info(loaded.device)[0] // 3
-    most = max(1, min(BATCH_TOKENS, kept_bytes // max(1, per_token)))
+    most = max(1, min(PATCHING_TOKENS, kept_bytes // max(1, per_token)))
     order = sorted(
         range(len(cases)), key=lambda i: (cases[i].num_shared, cases[i].destination.size, i)
     )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from repair.limits import FACTOR_BYTES
 from repair.locate.curvature import Spectral, Step, Whitening, decompose, step_of
 from repair.locate.fisher import FisherTrace, factors_and_traces, trigger_gradients
 from repair.locate.lessons import Lesson, Lessons, measure_kl
@@ -157,4 +158,4 @@ def shortlist(
 
 def whitening_bytes(module: ModuleRef) -> int:
     """Return the memory of one module's factors and their four float64 roots."""
-    return (module.d_in**2 + module.d_out**2) * (4 + 8 + 2 * 8)
+    return (module.d_in**2 + module.d_out**2) * FACTOR_BYTES

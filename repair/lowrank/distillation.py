@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repair.limits import TRAINING_TOKENS
 from repair.locate.curvature import Whitening
 from repair.locate.lessons import Lesson, Lessons, kl_from_teacher
 from repair.lowrank.adapter import ADAPTER, attached, read_updates
@@ -35,7 +36,6 @@ from repair.records import LowRankUpdate, ModuleRef
 WEIGHT_CLEAN = 1.0
 WEIGHT_NEAR = 0.5
 WEIGHT_FISHER = 1.0
-BATCH_TOKENS = 2_048  # of one pass: shorter passes pad less
 MAX_ROLLBACKS = 2
 PATIENCE = 4  # validations without a better state, once a state needs no more training
 
@@ -256,7 +256,7 @@ class _Course:
         by_prompt = torch.tensor([kinds, weights], device=device)
         with torch.enable_grad():
             for batch in scoring_batches(
-                self._loaded, lesson.prompts, lesson.answers, batch_tokens=BATCH_TOKENS
+                self._loaded, lesson.prompts, lesson.answers, batch_tokens=TRAINING_TOKENS
             ):
                 with entered(self._loaded, prefix, batch):
                     logits = answer_logits(

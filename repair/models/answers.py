@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from repair.limits import ANSWER_TOKENS
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import batches, pad_left, pad_right
 
-BATCH_TOKENS = 16_384
 REPEATS = 4  # the same token run this often at the end of an unfinished answer is a loop
 
 
@@ -47,7 +47,7 @@ def generate_answers(
     prompts: Sequence[np.ndarray],
     *,
     num_new_tokens: int,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = ANSWER_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
     """Return the greedy answer to each prompt (ids [tokens]), in the order given."""
@@ -166,7 +166,7 @@ def scoring_batches(
     prompts: Sequence[np.ndarray],
     answers: Sequence[np.ndarray],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = ANSWER_TOKENS,
 ) -> list[ScoringBatch]:
     """Return batches that score `answers` (ids [tokens]) behind `prompts` (ids [tokens])."""
     pad = loaded.tokenizer.pad_token_id or 0

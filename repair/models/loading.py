@@ -6,7 +6,7 @@ The only record that holds a live model. A Hub id means what the job has fetched
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from repair.machine import free_memory
 from repair.models.adapter_suspect import adapter_hashes, is_adapter, merge_adapter
 from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
 from repair.models.download import Fetched
@@ -74,8 +75,11 @@ def load_model(
     adapter_base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    check: Callable[[StagedModel, str, str], None] = lambda staged, dtype, device: None,
 ) -> LoadedModel:
     """Resolve, stage and load a model; raises `RepairError` and leaves no stage behind.
+
+    `check(stage, dtype, device)` is called before any weight is opened, and may raise.
 
     `fetched` says where the Hub models of this job are, by source as typed. With `adapter_base`,
     `source` is a LoRA adapter and the suspect is that base with the adapter in it.
@@ -100,6 +104,7 @@ def load_model(
         if origin is not None:
             _check_listed(files, origin)
         compute_dtype = _choose_dtype(dtype, stored=staged.dtype, device=chosen_device)
+        check(staged, compute_dtype, chosen_device)
         model = _load_weights(staged, dtype=compute_dtype, device=chosen_device)
         num_embeddings = model.get_input_embeddings().num_embeddings
         tokenizer = _load_tokenizer(staged.folder, num_embeddings=num_embeddings)
@@ -295,16 +300,11 @@ def _check_finite(model: PreTrainedModel) -> None:
 
 def _check_memory(staged: StagedModel, dtype: str) -> None:
     """Raise `RepairError` when the weights alone exceed the memory that is free."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-    needed = staged.num_parameters * _DTYPES[dtype].itemsize
-    if match is not None and needed > int(match[1]) * 1024:
+    needed, free = staged.num_parameters * _DTYPES[dtype].itemsize, free_memory()
+    if needed > free:
         raise RepairError(
             f"The weights need {needed / 2**30:.1f} GiB of memory as {dtype}, but "
-            f"{int(match[1]) / 2**20:.1f} GiB are free. Use a machine with more memory or a "
-            "smaller dtype."
+            f"{free / 2**30:.1f} GiB are free. Use a machine with more memory or a smaller dtype."
         )
 
 

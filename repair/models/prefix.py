@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repair.limits import PREFIX_KEPT
 from repair.models.answers import ScoringBatch, scoring_batches
 from repair.models.hooks import record_layer_inputs, restart_at
 from repair.models.loading import LoadedModel
-
-KEPT_BYTES = 2 << 30  # on a CPU; on a GPU a third of what is free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +49,7 @@ def keep_prefix(
     width = loaded.model.get_input_embeddings().weight.shape[1]
     num_tokens = sum(a.size + b.size for a, b in zip(prompts, answers, strict=True))
     needed = num_tokens * width * loaded.model.dtype.itemsize
-    allowed = KEPT_BYTES
+    allowed = PREFIX_KEPT
     if str(loaded.device).startswith("cuda"):
         allowed = torch.cuda.mem_get_info(loaded.device)[0] // 3
     if layer == 0 or needed > allowed:

@@ -20,15 +20,17 @@ import gradio as gr
 from repair.jobs import store
 from repair.jobs.launch import is_hub_id
 from repair.models.lookup import look_up
+from repair.profiles import PROFILES
 from repair.prompts import prompt_file_from_json
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import owner_of, token_of
+from repair.ui.forecast import check_memory
 from repair.ui.prompts import flatten
 from repair.ui.repair import RepairChoice, begin_repair
 from repair.ui.session import Session, Settings, View, check_start, look, new_request, start_job
 from repair.ui.shell import suggested
-from repair.ui.suspect import find_source
+from repair.ui.suspect_folder import find_source
 
 
 def is_offered() -> bool:
@@ -89,13 +91,14 @@ def build_api(settings: Settings) -> None:
         """
         with told():
             session = choose_model(str(model), request)
-            if profile not in [name for _, name in text.PROFILES]:
+            if profile not in PROFILES:
                 raise RepairError("The profile must be quick, standard or full.")
             if not isinstance(prompts, dict):
                 raise RepairError("The prompts must be an object, as in a prompt file.")
             checked = flatten(prompt_file_from_json(prompts))
             check_start(settings, request)
             asked = new_request(replace(session, prompts=checked), profile=profile)
+            check_memory(asked, settings.models_root)
             job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
             start_job(settings, settings.jobs_root / job_id, request)
             return job_id

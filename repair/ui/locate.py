@@ -6,10 +6,12 @@ from typing import Any
 import gradio as gr
 
 from repair.jobs import store
+from repair.profiles import PROFILES
 from repair.records import RepairError
 from repair.ui import grid, text
 from repair.ui.account import owner_of
 from repair.ui.choice import build_choice
+from repair.ui.forecast import check_memory, describe_needs
 from repair.ui.locate_words import describe_evidence, detail_tables
 from repair.ui.session import (
     Selection,
@@ -124,9 +126,13 @@ def build_locate(shell: Shell) -> None:
                 "back, the trigger works through that module. Nothing is changed yet."
             )
         is_ready = session.prompts is not None and session.model is not None
+        needed = ""
+        if is_ready and not view.is_active:
+            asked = new_request(session, profile="standard")
+            needed = describe_needs(asked, shell.settings.models_root)
         updates: Updates = {
             hint: gr.Markdown(value=words, visible=bool(words)),
-            profile: gr.Radio(interactive=not view.is_active),
+            profile: gr.Radio(interactive=not view.is_active, info=needed or None),
             start: gr.Button(
                 value="Start again" if is_broken_off(view) else
                 "Locate again" if has_map else "Locate",
@@ -146,7 +152,7 @@ def build_locate(shell: Shell) -> None:
         }
         if is_fresh and view.request.get("profile"):
             updates[profile] = gr.Radio(
-                value=view.request["profile"], interactive=not view.is_active
+                value=view.request["profile"], interactive=not view.is_active, info=needed or None
             )
         return updates
 
@@ -183,8 +189,11 @@ def build_locate(shell: Shell) -> None:
         folder = open_folder(settings, session, request)
         if folder is not None and settings.lane.is_busy(folder):
             raise RepairError("A job is running. Stop it first, or wait.")
+        if wanted not in PROFILES:
+            raise RepairError("How thorough must be quick, standard or full.")
         check_start(settings, request)
-        asked = new_request(session, profile=str(wanted))
+        asked = new_request(session, profile=wanted)
+        check_memory(asked, settings.models_root)
         view = look(settings, session, request)
         if folder is not None and is_broken_off(view):
             # The same case, with its name and note: nothing was made that another could spoil.

@@ -10,6 +10,7 @@ import pandas as pd
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui import text
+from repair.ui.forecast import check_memory
 from repair.ui.session import (
     Selection,
     Session,
@@ -20,7 +21,7 @@ from repair.ui.session import (
     start_job,
 )
 from repair.ui.shell import Shell, Updates
-from repair.ui.suspect import find_source
+from repair.ui.suspect_folder import find_source
 
 CURVES = (
     ("attack_success", "Attack success on validation prompts", "share that still fires"),
@@ -121,6 +122,7 @@ def begin_repair(
     if choice.controls is not None:
         asked["controls"] = choice.controls
     check_start(settings, request)
+    check_memory(asked, settings.models_root)
     store.replace_request(view.folder, asked)
     start_job(settings, view.folder, request)
 

@@ -17,6 +17,7 @@ import gradio as gr
 from repair.jobs import store
 from repair.jobs.store import JobStatus
 from repair.jobs.supervisor import Supervisor
+from repair.profiles import PROFILES
 from repair.records import ModuleScore, RepairError
 from repair.ui.account import owner_of, token_of
 from repair.ui.space import Space
@@ -242,7 +243,7 @@ def new_request(session: Session, *, profile: str) -> dict[str, Any]:
         "command": "locate", "model": session.model, "revision": session.revision, "against": None,
         "prompts": session.prompts, "modules": "auto", "rank": None, "ranks": None,
         "method": "auto", "kl_budget": 0.01, "seed": 0, "device": "auto", "dtype": "auto",
-        "export": ["merged", "adapter"], "controls": 20 if profile == "full" else 3,
+        "export": ["merged", "adapter"], "controls": PROFILES[profile].num_controls,
         "profile": profile, "resume": False, "trusted_base": None,
         "adapter_base": session.adapter_base,
     }  # fmt: skip

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repair.jobs.machine import total_memory
 from repair.jobs.supervisor import Limits
+from repair.machine import total_memory
 
 VISITOR = re.compile(r"[0-9a-f]{32}")
 COOKIE = "repair-visitor"

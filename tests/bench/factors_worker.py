@@ -69,7 +69,7 @@ def run_ours(model, material: dict, *, shortlist: list[int] | None) -> dict:
     loaded = SimpleNamespace(
         model=model, device="cpu", tokenizer=SimpleNamespace(pad_token_id=0)
     )
-    given = iter(labels.split(fisher.BATCH_TOKENS // len(material["ids"][0])))
+    given = iter(labels.split(fisher.FISHER_TOKENS // len(material["ids"][0])))
 
     def fixed(logprobs, uniform):
         return next(given).reshape(1, -1), torch.ones(1, logprobs.shape[0], dtype=logprobs.dtype)
@@ -88,7 +88,7 @@ def run_ours(model, material: dict, *, shortlist: list[int] | None) -> dict:
         began = time.perf_counter()
         fisher.fisher_traces(loaded, modules, prompts, answers, **options)
         traces = time.perf_counter() - began
-        given = iter(labels.split(fisher.BATCH_TOKENS // len(material["ids"][0])))
+        given = iter(labels.split(fisher.FISHER_TOKENS // len(material["ids"][0])))
     began = time.perf_counter()
     factors, _ = fisher.factors_and_traces(
         loaded, chosen, prompts, answers, traced=rest, **options

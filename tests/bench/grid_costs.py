@@ -124,8 +124,9 @@ def measure_screen() -> dict:
 
 
 def measure_suspects() -> dict:
-    from repair.case import PROFILES, open_case
+    from repair.case import open_case
     from repair.locate import locating
+    from repair.profiles import PROFILES
 
     found = {}
     for name in ("begin", "middle", "end"):

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from repair.case import PROFILES, Case, make_lessons, open_case
+from repair.case import Case, make_lessons, open_case
 from repair.evidence.controls import draw_random_modules
 from repair.locate import locating
 from repair.locate.lessons import Lessons, Taught, measure_kl, teach_split
@@ -33,6 +33,7 @@ from repair.models.answers import generate_answers
 from repair.models.hooks import apply_updates
 from repair.models.loading import load_model
 from repair.plan import MAX_MODULES, TOTAL_RANK
+from repair.profiles import PROFILES
 from repair.prompts import parse_prompt_file
 from repair.records import LowRankUpdate, ModuleRanking, Rate
 from tests.bench.organisms import ORGANISMS, make_organism

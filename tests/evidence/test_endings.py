@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from repair import evidence_step, pipeline
-from repair.case import PROFILES
 from repair.evidence import comeback
+from repair.profiles import PROFILES
 from repair.records import (
     EXIT_COULD_NOT_CHECK,
     EXIT_GATE_FAILED,

@@ -25,7 +25,7 @@ def build_checkout(folder: Path) -> Path:
     """Copy what a worker needs into `folder`, with this file as the pipeline."""
     package = folder / "repair"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "records.py"):
+    for name in ("__init__.py", "records.py", "machine.py"):
         shutil.copy(REPOSITORY / "repair" / name, package / name)
     shutil.copytree(REPOSITORY / "repair" / "jobs", package / "jobs")
     shutil.copy(__file__, package / "pipeline.py")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from repair.jobs import launch, machine, store, supervisor
+from repair import machine
+from repair.jobs import launch, store, supervisor
 from repair.jobs.launch import choose_module, hub_sources
 from repair.jobs.supervisor import Limits
 from repair.records import RepairError

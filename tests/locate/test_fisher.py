@@ -96,7 +96,7 @@ def test_factors_do_not_depend_on_batches(
 ) -> None:
     lesson = make_lessons(double, num=8).clean
     together = collect_factors(double, double.modules, lesson.prompts, lesson.answers, seed=0)
-    monkeypatch.setattr("repair.locate.fisher.BATCH_TOKENS", 1)
+    monkeypatch.setattr("repair.locate.fisher.FISHER_TOKENS", 1)
     alone = collect_factors(double, double.modules, lesson.prompts, lesson.answers, seed=0)
     traces = fisher_traces(double, double.modules, lesson.prompts, lesson.answers, seed=0)
     for path, factors in together.items():

@@ -183,7 +183,7 @@ def test_the_map_does_not_depend_on_batching(
     pairs = [*make_pairs(5, position="middle"), *make_pairs(4, position="end", seed=3)]
     cases = make_cases(pairs, make_shams(pairs), payload=PAYLOAD, clean=CLEAN)
     whole = patch_modules(double, cases)
-    monkeypatch.setattr("repair.locate.patching.KEPT_BYTES", 1)
+    monkeypatch.setattr("repair.locate.patching.PATCHING_KEPT", 1)
     monkeypatch.setattr("repair.locate.runs.RUN_TOKENS", 1)
     single = patch_modules(double, cases)
     np.testing.assert_allclose(

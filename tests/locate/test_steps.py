@@ -87,7 +87,7 @@ def test_input_covariances_are_those_of_the_factors(
         tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0, num_draws=1
     )
     together = input_covariances(tiny_llama, tiny_llama.modules, clean.prompts, clean.answers)
-    monkeypatch.setattr("repair.locate.fisher.BATCH_TOKENS", 1)
+    monkeypatch.setattr("repair.locate.fisher.FISHER_TOKENS", 1)
     alone = input_covariances(tiny_llama, tiny_llama.modules, clean.prompts, clean.answers)
     for path, found in factors.items():
         scale = float(np.abs(found.activation_covariance).max())

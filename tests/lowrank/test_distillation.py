@@ -157,9 +157,9 @@ def test_a_prefix_too_large_is_not_kept(
     clean = lessons.clean
     num_tokens = sum(ids.size for ids in (*clean.prompts, *clean.answers))
     needed = num_tokens * 32 * 4  # 32 wide, float32
-    monkeypatch.setattr("repair.models.prefix.KEPT_BYTES", needed)
+    monkeypatch.setattr("repair.models.prefix.PREFIX_KEPT", needed)
     assert keep_prefix(tiny_llama, clean.prompts, clean.answers, 1) is not None
-    monkeypatch.setattr("repair.models.prefix.KEPT_BYTES", needed - 1)
+    monkeypatch.setattr("repair.models.prefix.PREFIX_KEPT", needed - 1)
     assert keep_prefix(tiny_llama, clean.prompts, clean.answers, 1) is None
 
 

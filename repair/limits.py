@@ -1,0 +1,12 @@
+"""What each step may have in memory at once: the steps keep to it, `needs` counts with it."""
+
+ANSWER_TOKENS = 16_384  # of one batch of answers: rows times tokens
+SCORING_ELEMENTS = 1 << 25  # logits of one scoring batch on a CPU: 128 MiB as float32
+SCORING_ELEMENTS_ON_GPU = 1 << 27  # where a small batch would waste the device
+PATCHING_TOKENS = 2_048  # rows times tokens of the unpatched runs; more gains nothing
+PATCHING_KEPT = 1 << 30  # of main memory for what both unpatched runs keep of every module
+PREFIX_KEPT = 2 << 30  # on a CPU; on a GPU a third of what is free
+FACTORS_KEPT = 2 << 30  # full factors of the shortlist
+FACTOR_BYTES = 4 + 8 + 2 * 8  # of one module's factors and their four float64 roots
+FISHER_TOKENS = 512  # of one pass on a CPU: what a pass keeps then fits memory that is reused
+TRAINING_TOKENS = 2_048  # of one pass: shorter passes pad less

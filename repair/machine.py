@@ -1,0 +1,60 @@
+"""What this machine, or the container we are in, has and what this process took. Free of torch."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),  # version 2
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def total_memory() -> int:
+    """Return the bytes of memory that may be used in all: of the container, if it has a limit.
+
+    A Space says its own in MEMORY; what the kernel counts is the host's.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in CGROUP_LIMITS:
+        try:
+            found.append(int(path.read_text()))
+        except (OSError, ValueError):  # none there, or "max"
+            continue
+    if os.environ.get("SYSTEM") == "spaces":
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", os.environ.get("MEMORY", ""))
+        if match:
+            found.append(int(float(match[1]) * _UNITS[match[2]]))
+    return min(size for size in found if size > 0)
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that a new process could get now, of those it may use."""
+    match = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    return min(total_memory(), int(match[1]) * 1024) if match else total_memory()
+
+
+def has_gpu() -> bool:
+    """Tell whether a driver of a GPU is there: without torch, which the app does not load."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd"))
+
+
+def forget_peak() -> None:
+    """Let `peak_memory` count anew, where the kernel can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process had in memory since `forget_peak`; 0: not known."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
+    return int(match[1]) * 1024 if match else 0
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,46 @@
+"""What the job will take: said, and refused where it does not fit, before a weight is opened."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from repair import needs
+from repair.case import Reporter
+from repair.machine import free_memory
+from repair.models.config import MAX_CONFIG_BYTES, read_json_file
+from repair.models.staging import StagedModel
+
+
+def needs_check(
+    request: Mapping[str, Any], reporter: Reporter
+) -> Callable[[StagedModel, str, str], None]:
+    """Return the `check` of `load_model` for a job: RepairError with numbers where it cannot fit.
+
+    A configuration that says too little is let pass: loading checks the weights alone.
+    """
+
+    def check(staged: StagedModel, dtype: str, device: str) -> None:
+        config = read_json_file(staged.folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
+        shape = needs.read_shape(config, num_parameters=staged.num_parameters)
+        if shape is None:
+            return
+        on_gpu = device.startswith("cuda")
+        found = needs.estimate(
+            shape, needs.work_of(request), itemsize=needs.ITEMSIZE[dtype],
+            rate=None if on_gpu else needs.measured_rate(),
+        )  # fmt: skip
+        available, where = free_memory(), "memory"
+        if on_gpu:
+            available, where = torch.cuda.mem_get_info(device)[0], "GPU memory"
+            found = tuple(replace(need, bytes=need.bytes - needs.PROCESS) for need in found)
+        most, seconds = needs.largest(found), needs.total_seconds(found)
+        lasts = f", and {needs.describe_time(seconds)}" if seconds is not None else ""
+        reporter.note(
+            f"This job needs about {most.bytes / 2**30:.1f} GiB of {where} at its largest step "
+            f"({most.step}), of {available / 2**30:.1f} GiB free{lasts}."
+        )
+        needs.check_fits(found, available=available, where=where)
+
+    return check
