@@ -7,9 +7,11 @@ off is measured by `python -m tests.bench.needs`. Free of torch: the app asks be
 """
 
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from repair.profiles import PROFILES
 from repair.records import RepairError
 
 PROCESS = 560 << 20  # of a worker that has opened no model: its libraries
+DISK_LEFT = 1 << 30  # beyond what an export itself takes
 LESSON_TOKENS = 17
 TEMPLATE_TOKENS = 20  # around a prompt
 MAX_SIZE = 1 << 24  # of any figure in config.json that is believed here
@@ -199,6 +202,19 @@ def check_fits(needs: Sequence[Need], *, available: int, where: str) -> None:
         )
 
 
+def check_disk(num_bytes: int, folder: Path) -> None:
+    """Raise RepairError when an export of weights of `num_bytes` does not fit where `folder` is."""
+    needed = int(1.2 * num_bytes) + DISK_LEFT
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RepairError(
+            f"The export needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are "
+            "free. Free some, or choose another folder (--out; --jobs-root of the app)."
+        )
+
+
 def loaded_dtype(config: Mapping[str, Any], wanted: str, *, on_gpu: bool) -> str:
     """Return the precision that the weights will be loaded in."""
     chosen = stored_dtype(config) if wanted == "auto" else wanted
@@ -280,14 +296,14 @@ def _working_sets(shape: Shape, work: Work, itemsize: int) -> dict[str, int]:
     graph = {
         tokens: tokens * shape.num_layers * (8 * shape.width + 4 * shape.inner) * itemsize
         + tokens * shape.num_layers * 2 * shape.heads * lesson_tokens * itemsize
-        + int(5 * 4 * tokens * shape.vocabulary * LESSON_TOKENS / lesson_tokens)
-        for tokens in (FISHER_TOKENS, TRAINING_TOKENS)
+        + int(copies * 4 * tokens * shape.vocabulary * LESSON_TOKENS / lesson_tokens)
+        for tokens, copies in ((FISHER_TOKENS, 14), (TRAINING_TOKENS, 9))
     }
     measuring = teacher + max(answers, scoring)
     return {
         "load": shape.vocabulary * shape.width * itemsize,
         "before": max(answers, scoring),
-        "lessons": teacher + answers,
+        "lessons": teacher + answers + scoring,
         "patching": teacher + max(kept, answers),
         "curvature": teacher + factors + graph[FISHER_TOKENS],
         "joint": teacher + factors + kept,

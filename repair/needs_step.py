@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from repair.models.staging import StagedModel
 
 
 def needs_check(
-    request: Mapping[str, Any], reporter: Reporter
+    request: Mapping[str, Any], folder: Path, reporter: Reporter
 ) -> Callable[[StagedModel, str, str], None]:
     """Return the `check` of `load_model` for a job: RepairError with numbers where it cannot fit.
 
@@ -42,5 +43,7 @@ def needs_check(
             f"({most.step}), of {available / 2**30:.1f} GiB free{lasts}."
         )
         needs.check_fits(found, available=available, where=where)
+        if request.get("command") == "run" and request.get("export"):
+            needs.check_disk(sum(staged.sizes.values()), folder)
 
     return check

@@ -268,7 +268,7 @@ def _opened(request: Mapping[str, Any], folder: Path, clock: Clock) -> Iterator[
                 adapter_base=request.get("adapter_base"),
                 device=request.get("device", "auto"),
                 dtype=request.get("dtype", "auto"),
-                check=needs_check(request, clock.reporter),
+                check=needs_check(request, folder, clock.reporter),
             )
             for finding in loaded.staged.findings:
                 clock.reporter.note(finding)

@@ -1,5 +1,6 @@
 """What a job will need: read from any configuration, growing with what it grows with, refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_what_to_do() -> None:
 def test_a_worker_refuses_before_it_opens_a_weight(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = needs_step.needs_check({"command": "run"}, Reporter(tmp_path))
+    check = needs_step.needs_check({"command": "run"}, tmp_path, Reporter(tmp_path))
     monkeypatch.setattr(needs_step, "free_memory", lambda: 10 << 20)
     monkeypatch.setattr(
         "repair.models.loading._load_weights", lambda *given, **more: pytest.fail("opened")
@@ -129,10 +130,28 @@ def test_a_worker_refuses_before_it_opens_a_weight(
     assert not stage.exists()
 
 
+def test_a_full_disk_is_said_before_a_weight_is_opened(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(
+        "repair.models.loading._load_weights", lambda *given, **more: pytest.fail("opened")
+    )
+    asked = {"command": "run", "export": ["merged"]}
+    check = needs_step.needs_check(asked, tmp_path / "not there yet", Reporter(tmp_path))
+    with pytest.raises(RepairError, match=r"needs 1\.0 GiB of disk and 0\.0 GiB are free"):
+        load_model(
+            str(tiny_llama_folder), stage_folder=tmp_path / "s", device="cpu", check=check
+        )
+
+
 def test_a_worker_says_what_it_will_need(
     tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
-    check = needs_step.needs_check({"command": "locate", "profile": "quick"}, Reporter(tmp_path))
+    check = needs_step.needs_check(
+        {"command": "locate", "profile": "quick"}, tmp_path, Reporter(tmp_path)
+    )
     load_model(str(tiny_llama_folder), stage_folder=tmp_path / "s", device="cpu", check=check)
     said = (tmp_path / "events.jsonl").read_text()
     assert "This job needs about" in said and "GiB free, and about" in said

@@ -29,11 +29,11 @@ from repair.models.hooks import apply_updates
 from repair.models.loading import LoadedModel
 from repair.models.modules import as_stored, get_module
 from repair.models.staging import check_unchanged, stage_model
+from repair.needs import check_disk
 from repair.publish.manifest import EXPORTS, check_manifest, compare_tensors
 from repair.publish.sample import SAMPLE, write_sample
 from repair.records import LowRankUpdate, RepairError
 
-FREE_BYTES = 1 << 30  # beyond what the export itself takes
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 # PEFT imports or downloads what some other settings name: only these are written and accepted.
 ADAPTER_SETTINGS = {
@@ -62,7 +62,7 @@ def write_export(
     """
     check_unchanged(loaded.staged)
     _check_not_tied(loaded, updates)
-    _check_space(loaded, folder)
+    check_disk(sum(loaded.staged.sizes.values()), folder)
     with apply_updates(loaded.model, updates):
         write_sample(loaded, prompts, folder / SAMPLE, num_new_tokens=num_new_tokens)
     changed: dict[str, dict[str, Any]] = {}
@@ -284,16 +284,6 @@ def _check_not_tied(loaded: LoadedModel, updates: Sequence[LowRankUpdate]) -> No
                 f"The weight of {update.module.path} is shared with another module, so changing it "
                 "would change both. Choose modules of the transformer layers."
             )
-
-
-def _check_space(loaded: LoadedModel, folder: Path) -> None:
-    needed = int(1.2 * sum(loaded.staged.sizes.values())) + FREE_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise RepairError(
-            f"The export needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are "
-            "free. Free some, or choose another --out."
-        )
 
 
 @contextmanager

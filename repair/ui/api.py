@@ -25,7 +25,7 @@ from repair.prompts import prompt_file_from_json
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import owner_of, token_of
-from repair.ui.forecast import check_memory
+from repair.ui.forecast import check_needs
 from repair.ui.prompts import flatten
 from repair.ui.repair import RepairChoice, begin_repair
 from repair.ui.session import Session, Settings, View, check_start, look, new_request, start_job
@@ -98,7 +98,7 @@ def build_api(settings: Settings) -> None:
             checked = flatten(prompt_file_from_json(prompts))
             check_start(settings, request)
             asked = new_request(replace(session, prompts=checked), profile=profile)
-            check_memory(asked, settings.models_root)
+            check_needs(asked, settings)
             job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
             start_job(settings, settings.jobs_root / job_id, request)
             return job_id

@@ -12,6 +12,7 @@ from repair.needs import ITEMSIZE, Need
 from repair.profiles import PROFILES
 from repair.records import RepairError
 from repair.ui import text
+from repair.ui.session import Settings
 from repair.ui.suspect_folder import MAX_CONFIG_BYTES, find_folder
 
 rate_here = functools.cache(needs.measured_rate)
@@ -23,7 +24,7 @@ def forecast(asked: Mapping[str, Any], models_root: Path | None) -> tuple[Need, 
     try:
         folder = find_folder(str(asked.get("model") or ""), models_root)
         config = store.read_object(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
-        sizes = [path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file()]
+        sizes = weight_sizes(folder)
     except (RepairError, OSError):
         return ()
     stored = ITEMSIZE[needs.stored_dtype(config)]
@@ -37,11 +38,20 @@ def forecast(asked: Mapping[str, Any], models_root: Path | None) -> tuple[Need, 
     )  # fmt: skip
 
 
-def check_memory(asked: Mapping[str, Any], models_root: Path | None) -> None:
-    """Raise RepairError for a job that does not fit this machine; a GPU's worker checks its own."""
-    found = forecast(asked, models_root)
+def weight_sizes(folder: Path) -> list[int]:
+    """Return the bytes of each weight file of a model's folder."""
+    return [path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file()]
+
+
+def check_needs(asked: Mapping[str, Any], settings: Settings) -> None:
+    """Raise RepairError for a job that fits neither memory nor disk here; a GPU's worker checks
+    its own memory."""
+    found = forecast(asked, settings.models_root)
     if found and not has_gpu():
         needs.check_fits(found, available=free_memory(), where="memory")
+    if found and asked.get("command") == "run":
+        folder = find_folder(str(asked["model"]), settings.models_root)
+        needs.check_disk(sum(weight_sizes(folder)), settings.jobs_root)
 
 
 def describe_needs(asked: Mapping[str, Any], models_root: Path | None) -> str:

@@ -11,7 +11,7 @@ from repair.records import RepairError
 from repair.ui import grid, text
 from repair.ui.account import owner_of
 from repair.ui.choice import build_choice
-from repair.ui.forecast import check_memory, describe_needs
+from repair.ui.forecast import check_needs, describe_needs
 from repair.ui.locate_words import describe_evidence, detail_tables
 from repair.ui.session import (
     Selection,
@@ -193,7 +193,7 @@ def build_locate(shell: Shell) -> None:
             raise RepairError("How thorough must be quick, standard or full.")
         check_start(settings, request)
         asked = new_request(session, profile=wanted)
-        check_memory(asked, settings.models_root)
+        check_needs(asked, settings)
         view = look(settings, session, request)
         if folder is not None and is_broken_off(view):
             # The same case, with its name and note: nothing was made that another could spoil.

@@ -10,7 +10,7 @@ import pandas as pd
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui import text
-from repair.ui.forecast import check_memory
+from repair.ui.forecast import check_needs
 from repair.ui.session import (
     Selection,
     Session,
@@ -122,7 +122,7 @@ def begin_repair(
     if choice.controls is not None:
         asked["controls"] = choice.controls
     check_start(settings, request)
-    check_memory(asked, settings.models_root)
+    check_needs(asked, settings)
     store.replace_request(view.folder, asked)
     start_job(settings, view.folder, request)
 

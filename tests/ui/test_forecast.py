@@ -35,7 +35,7 @@ def test_with_a_gpu_no_time_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("model", ["someone/model", "/etc", "demo:none", None, "../x", 7])
 def test_what_is_not_here_or_not_allowed_has_no_forecast(model: object, tmp_path: Path) -> None:
     assert forecast.describe_needs({"model": model}, tmp_path) == ""
-    forecast.check_memory({"model": model}, tmp_path)
+    assert forecast.forecast({"model": model}, tmp_path) == ()
 
 
 def test_only_the_description_and_the_sizes_are_read(
