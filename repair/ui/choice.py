@@ -11,7 +11,7 @@ import gradio as gr
 from repair.records import ModuleScore
 from repair.ui import grid, text
 from repair.ui.session import Selection, Session, View, look
-from repair.ui.shell import Shell, Updates, suggested
+from repair.ui.shell import Shell, Updates, draw_verdict, suggested
 
 MAX_LISTED = 60
 
@@ -71,7 +71,7 @@ def build_choice(shell: Shell, maps: gr.HTML, *, effect: gr.Radio, go_on: gr.But
         mirror = gr.CheckboxGroup(
             [], show_label=False, label="Modules, best first", elem_id="mirror"
         )
-    small = [count, mirror, undo, go_on]
+    small = [count, mirror, undo, go_on, shell.verdict]
 
     def draw_small(view: View, selection: Selection) -> Updates:
         ordered = sorted(view.scores, key=lambda score: -score.score)
@@ -86,6 +86,7 @@ def build_choice(shell: Shell, maps: gr.HTML, *, effect: gr.Radio, go_on: gr.But
         ]  # fmt: skip
         return {
             count: describe_selection(view, selection),
+            shell.verdict: draw_verdict(view, selection),
             mirror: gr.CheckboxGroup(choices=choices, value=list(selection.paths)),
             undo: gr.Button(interactive=bool(selection.earlier) and not view.is_active),
             go_on: gr.Button(visible=bool(view.scores), interactive=bool(selection.paths)),

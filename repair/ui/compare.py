@@ -10,8 +10,11 @@ from repair.ui.ask import Question, ask_and_wait, describe_answer
 from repair.ui.attempts import HEADERS, WIDTHS, list_attempts
 from repair.ui.compare_rows import (
     ALL,
+    ONLY_REPAIRED,
+    ONLY_SUSPECT,
     describe_cause,
     describe_limits,
+    differences,
     list_besides,
     list_controls,
     list_gates,
@@ -22,7 +25,7 @@ from repair.ui.compare_rows import (
     list_stresses,
     read_samples,
 )
-from repair.ui.session import Selection, Session, View, look
+from repair.ui.session import Selection, Session, View, is_out_of_date, look
 from repair.ui.shell import Shell, Updates
 
 
@@ -32,6 +35,11 @@ def build_compare(shell: Shell) -> None:
     empty = gr.Markdown(
         "The comparison appears here when a repair is done.", elem_classes="empty"
     )
+    stale = gr.Textbox(
+        "Other modules are chosen in Locate than were repaired here. Repair again, or undo there.",
+        label="Out of date", interactive=False, visible=False, elem_classes="problem",
+        elem_id="stale",
+    )  # fmt: skip
     with gr.Column(visible=False) as body:
         rates = gr.Dataframe(
             headers=["Measured", "Suspect", "Repaired"], datatype="str", interactive=False,
@@ -84,6 +92,19 @@ def build_compare(shell: Shell) -> None:
                     ("reference", "Suspect without the trigger"),
                 )
             ]  # fmt: skip
+        with gr.Row():
+            marked = [
+                gr.HighlightedText(
+                    label=label, interactive=False, visible=False, combine_adjacent=False,
+                    show_legend=True, show_inline_category=False, min_width=240,
+                    color_map={ONLY_SUSPECT: "#c2571a", ONLY_REPAIRED: "#0f766e"},
+                    elem_id=f"differs-{key}",
+                )
+                for key, label in (
+                    ("before", "Suspect, where it differs"),
+                    ("after", "Repaired, where it differs"),
+                )
+            ]  # fmt: skip
         with gr.Accordion("Ask both models something", open=False, elem_id="ask"):
             question = gr.Textbox(
                 label="Prompt", lines=2, max_lines=8, max_length=8000, elem_id="question"
@@ -127,7 +148,10 @@ def build_compare(shell: Shell) -> None:
 
     def draw_attempts(view: View, selection: Selection) -> Updates:
         rows = list_attempts(shell.settings, view)
-        return {attempts: gr.Dataframe(value=rows, visible=bool(rows))}
+        return {
+            attempts: gr.Dataframe(value=rows, visible=bool(rows)),
+            stale: gr.Textbox(visible=is_out_of_date(view, selection)),
+        }
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
         has_after = isinstance(view.report.get("after"), dict)
@@ -168,15 +192,16 @@ def build_compare(shell: Shell) -> None:
             ),
             prompt: "",
             **dict.fromkeys(boxes, ""),
+            **dict.fromkeys(marked, gr.HighlightedText(value=[], visible=False)),
         }
 
     shell.add(
         draw,
         [empty, body, rates, gates, cause, limits, besides, returns, outcome, table, controls,
-         growth, prompt, *boxes, attempts, go_on],
+         growth, prompt, *boxes, *marked, attempts, stale, go_on],
     )  # fmt: skip
     # Another case may have been finished, named or deleted in the meantime.
-    shell.on_tab["compare"] = [attempts], draw_attempts
+    shell.on_tab["compare"] = [attempts, stale], draw_attempts
     shell.go_to(go_on, "export")
 
     def ask_both(request: gr.Request, session: Session, words: Any) -> Iterator[Updates]:
@@ -222,11 +247,16 @@ def build_compare(shell: Shell) -> None:
             return {prompt: gr.skip()}
         sample = samples[number - 1]
         keys = ("before", "after", "reference")
+        shown = (text.reveal(sample[key]) for key in ("before", "after"))
         return {
             prompt: text.reveal(sample["prompt"]),
             **{box: text.reveal(sample[key]) for box, key in zip(boxes, keys, strict=True)},
+            **{
+                box: gr.HighlightedText(value=words, visible=sample["before"] != sample["after"])
+                for box, words in zip(marked, differences(*shown), strict=True)
+            },
         }
 
     options = {"show_progress": "hidden", "api_visibility": "private"}
     outcome.input(filter_rows, inputs=[shell.session, outcome], outputs=table, **options)
-    table.select(open_row, inputs=[shell.session], outputs=[prompt, *boxes], **options)
+    table.select(open_row, inputs=[shell.session], outputs=[prompt, *boxes, *marked], **options)

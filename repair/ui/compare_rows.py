@@ -1,5 +1,7 @@
 """What the Compare tab's tables show: `report.json` and `samples.json` as rows of plain text."""
 
+import difflib
+import re
 from typing import Any
 
 from repair.jobs import store
@@ -7,7 +9,10 @@ from repair.ui import text
 from repair.ui.session import View
 
 MAX_ROWS = 2000
+ONLY_SUSPECT, ONLY_REPAIRED = "only the suspect says", "only the repaired says"
+MAX_WORDS = 400  # of an answer, in which differences are looked for
 ALL = "all"
+BENIGN = ("clean", "near", "ordinary")
 KIND_WORDS = {
     "triggered": "triggered", "elsewhere": "trigger elsewhere:", "variant": "altered trigger:",
     "near": "near-trigger", "ordinary": "ordinary use", "clean": "clean",
@@ -24,6 +29,10 @@ def read_samples(view: View) -> list[dict[str, str]]:
     samples = [
         {name: str(row.get(name, "")) for name in names} for row in rows if isinstance(row, dict)
     ]
+    for sample in samples:
+        # An answer that was meant to change, to an altered trigger, is another matter.
+        if sample["outcome"] == "changed" and sample["kind"] in BENIGN:
+            sample["outcome"] = "changed though benign"
     # Sorted before it is cut: what went wrong must be among what is shown.
     order = {name: place for place, name in enumerate(text.OUTCOME_WORDS)}
     samples.sort(key=lambda sample: order.get(sample["outcome"], -1))
@@ -59,6 +68,19 @@ def list_rows(samples: list[dict[str, str]], outcome: str) -> list[list[str]]:
         for number, sample in enumerate(samples, 1)
         if outcome in (ALL, sample["outcome"])
     ]
+
+
+def differences(before: str, after: str) -> tuple[list[tuple[str, str | None]], ...]:
+    """Return both answers in words, each word marked where it is in one of them only."""
+    old, new = (re.findall(r"\s*\S+", answer)[:MAX_WORDS] for answer in (before, after))
+    match = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
+    shown: tuple[list[tuple[str, str | None]], ...] = ([], [])
+    for kind, start, end, new_start, new_end in match.get_opcodes():
+        parts = (old[start:end], ONLY_SUSPECT), (new[new_start:new_end], ONLY_REPAIRED)
+        for side, (words, label) in zip(shown, parts, strict=True):
+            if words:
+                side.append(("".join(words), None if kind == "equal" else label))
+    return shown
 
 
 def list_rates(report: dict[str, Any]) -> list[list[str]]:

@@ -7,6 +7,7 @@ import gradio as gr
 
 from repair.prompts import prompt_file_from_json
 from repair.ui.ask import (
+    Question,
     ask_and_wait,
     describe_answer,
     describe_tokens,
@@ -42,6 +43,7 @@ def build_first_look(shell: Shell) -> None:
         )  # fmt: skip
         # What was asked and answered last: for the row that is selected.
         rows_asked = gr.State([])
+        texts_asked = gr.State([])
         where_tokens = gr.Textbox(
             label="Where the trigger sits; select a row to see another prompt", visible=False,
             interactive=False, elem_id="where-tokens", max_lines=6,
@@ -51,6 +53,16 @@ def build_first_look(shell: Shell) -> None:
             combine_adjacent=False, show_legend=True, show_inline_category=False,
             color_map=TOKEN_COLOURS, elem_id="tokens",
         )  # fmt: skip
+
+        with gr.Row():
+            edited = gr.Textbox(
+                label="One prompt, as you like it", lines=2, max_lines=8, max_length=8000, scale=4,
+                elem_id="edited", info="A selected row comes here to be changed and tried again.",
+            )  # fmt: skip
+            again = gr.Button("Try this one", elem_id="try-one", min_width=120)
+        reply = gr.Textbox(
+            label="Its answer", interactive=False, visible=False, elem_id="tried-one", max_lines=8
+        )
 
     def draw_tokens(row: dict[str, Any]) -> Updates:
         shown = read_tokens(row)
@@ -86,18 +98,48 @@ def build_first_look(shell: Shell) -> None:
                 tried: words,
                 answers: gr.Dataframe(value=rows, visible=True),
                 rows_asked: step,
+                texts_asked: [question.text for question in asked],
                 **draw_tokens(step[0] if step else {}),
             }
 
-    def show_row(event: gr.SelectData, kept: list[dict[str, Any]]) -> Updates:
+    def try_one(request: gr.Request, session: Session, words: Any) -> Iterator[Updates]:
+        if session.model is None or session.prompts is None:
+            yield {tried: "Choose a suspect and check the prompts first."}
+            return
+        if not str(words or "").strip():
+            yield {tried: "Type a prompt first, or select a row."}
+            return
+        question = Question(where="-", text=str(words))
+        for step in ask_and_wait(shell.settings, session, request, questions=[question]):
+            if isinstance(step, str):
+                yield {tried: step}
+                continue
+            answer, hit = describe_answer(step[0].get("suspect"))
+            yield {
+                tried: f"Asked: {hit or 'does not fire'}.",
+                reply: gr.Textbox(value=reveal(answer), visible=True),
+                **draw_tokens(step[0]),
+            }
+
+    def show_row(
+        event: gr.SelectData, kept: list[dict[str, Any]], texts: list[str]
+    ) -> Updates:
         place = event.index[0] if isinstance(event.index, list | tuple) else -1
-        if not isinstance(place, int) or not 0 <= place < len(kept):
+        if not isinstance(place, int) or not 0 <= place < min(len(kept), len(texts)):
             return {where_tokens: gr.skip()}
-        return draw_tokens(kept[place])
+        return {**draw_tokens(kept[place]), edited: texts[place]}
 
     options = {"show_progress": "hidden", "api_visibility": "private"}
     try_it.click(
         try_some, inputs=[shell.session],
-        outputs=[tried, answers, rows_asked, where_tokens, tokens], concurrency_limit=8, **options,
+        outputs=[tried, answers, rows_asked, texts_asked, where_tokens, tokens],
+        concurrency_limit=8, **options,
     )  # fmt: skip
-    answers.select(show_row, inputs=[rows_asked], outputs=[where_tokens, tokens], **options)
+    again.click(
+        try_one, inputs=[shell.session, edited], outputs=[tried, reply, where_tokens, tokens],
+        concurrency_limit=8, **options,
+    )  # fmt: skip
+    answers.select(
+        show_row, inputs=[rows_asked, texts_asked], outputs=[where_tokens, tokens, edited],
+        **options,
+    )  # fmt: skip

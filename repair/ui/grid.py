@@ -96,13 +96,16 @@ def curvature_of(score: ModuleScore, column: str) -> float | None:
     return score.fisher_trigger / score.fisher_clean if score.fisher_clean > 0 else None
 
 
-def describe(score: ModuleScore, *, place: int, total: int, rank: int | None) -> str:
+def describe(
+    score: ModuleScore, *, place: int, total: int, rank: int | None, num_pairs: int
+) -> str:
     """Return everything known about one module, in one line."""
     phi = "not computed" if score.curvature is None else f"{score.curvature:.4g}"
     ratio = curvature_of(score, "ratio")
     words = [
         f"Layer {score.module.layer}, {score.module.component}. Patching effect "
-        f"{score.effect:+.3f} (95 % interval {score.effect_low:+.3f} to {score.effect_high:+.3f})",
+        f"{score.effect:+.3f} at all positions (95 % interval {score.effect_low:+.3f} to "
+        f"{score.effect_high:+.3f})",
         f"at the trigger {score.effect_trigger:+.3f}",
         f"after it {score.effect_after:+.3f}",
         *(
@@ -130,6 +133,7 @@ def describe(score: ModuleScore, *, place: int, total: int, rank: int | None) ->
         ),
         f"Fisher with over without trigger {'-' if ratio is None else f'{ratio:.3g}'}",
         f"place {place} of {total}",
+        f"means over {num_pairs} prompt pairs",
     ]
     if rank is not None:
         words.append(f"suggested rank {rank}")
@@ -194,6 +198,7 @@ def build_value(
     suggested_ranks: dict[str, int],
     effect: str,
     curvature: str,
+    num_pairs: int,
 ) -> dict[str, Any]:
     """Return both heat maps as the script reads them."""
     ordered = sorted(scores, key=lambda score: -score.score)
@@ -204,6 +209,7 @@ def build_value(
             place=places[score.module.path],
             total=len(scores),
             rank=suggested_ranks.get(score.module.path),
+            num_pairs=num_pairs,
         )
         for score in scores
     }

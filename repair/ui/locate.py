@@ -12,7 +12,7 @@ from repair.ui import grid, text
 from repair.ui.account import owner_of
 from repair.ui.choice import build_choice
 from repair.ui.forecast import check_needs, describe_needs
-from repair.ui.locate_words import describe_evidence, detail_tables
+from repair.ui.locate_words import describe_evidence, detail_tables, joint_curve, list_reasons
 from repair.ui.session import (
     Selection,
     Session,
@@ -68,6 +68,20 @@ def build_locate(shell: Shell) -> None:
         "Next: repair", variant="primary", visible=False, elem_id="to-repair", render=False
     )
     build_choice(shell, maps, effect=effect, go_on=go_on)
+    with gr.Accordion("Why these, and how many are needed", open=False, visible=False,
+                      elem_id="why") as why:  # fmt: skip
+        reasons = gr.Dataframe(
+            headers=["Module", "Rank", "Why it is suggested"], datatype="str", interactive=False,
+            label="Suggested, best first", wrap=True, elem_id="reasons", buttons=[],
+            column_widths=["17%", "8%", "75%"],
+        )  # fmt: skip
+        curve = gr.LinePlot(
+            joint_curve({}), x="modules", y="value", color="what", height=260, buttons=[],
+            title="Share of the way to the clean answer, the best modules restored together",
+            x_title="number of modules", y_title="effect", elem_id="joint-curve",
+            color_map={"effect": "#0f766e", "95 % interval, low": "#94a3b8",
+                       "95 % interval, high": "#94a3b8"},
+        )  # fmt: skip
     with gr.Accordion("Look into one layer", open=False, visible=False) as closer:
         gr.Markdown(
             "Where in the prompt each module of a layer works, and which attention heads: effects "
@@ -103,6 +117,7 @@ def build_locate(shell: Shell) -> None:
             suggested_ranks=view.located.get("suggested_ranks") or {},
             effect=of_effect,
             curvature=of_curvature,
+            num_pairs=int(view.located.get("num_pairs") or 0),
         )
         return grid.update(value, selection.paths, visible=bool(view.scores))
 
@@ -144,6 +159,9 @@ def build_locate(shell: Shell) -> None:
             ),
             toggles: gr.Row(visible=has_map),
             closer: gr.Accordion(visible=has_map),
+            why: gr.Accordion(visible=has_map),
+            reasons: list_reasons(view),
+            curve: joint_curve(view.located),
             examine: gr.Button(interactive=has_map and not view.is_active),
             **draw_detail(view),
             effect: gr.Radio(value="effect_trigger"),
@@ -159,7 +177,7 @@ def build_locate(shell: Shell) -> None:
     shell.add(
         draw,
         [hint, profile, start, evidence, toggles, effect, curvature, maps, closer, examine,
-         by_role, by_head],
+         by_role, by_head, why, reasons, curve],
     )  # fmt: skip
 
     def look_into(

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pandas as pd
+
 from repair.ui import text
 from repair.ui.session import View
 
@@ -65,6 +67,38 @@ def describe_damping(damping: Any) -> list[str]:
         ]
     except (KeyError, TypeError, ValueError, StopIteration):
         return []
+
+
+def list_reasons(view: View) -> list[list[str]]:
+    """Return why each module is suggested: module, rank, the reason in a sentence."""
+    ranks = view.located.get("suggested_ranks") or {}
+    ordered = sorted(view.scores, key=lambda score: -score.score)
+    return [
+        [
+            f"layer {score.module.layer} {score.module.component}",
+            str(ranks[score.module.path]),
+            text.reveal(score.reason, 600),
+        ]
+        for score in ordered
+        if score.module.path in ranks
+    ]
+
+
+def joint_curve(located: dict[str, Any]) -> pd.DataFrame:
+    """Return the joint effect of the best modules against their number, with its interval."""
+    joint = located.get("joint")
+    points = joint.get("curve") if isinstance(joint, dict) else None
+    rows = []
+    for point in points if isinstance(points, list) else []:
+        values = {
+            "effect": point.get("effect"),
+            "95 % interval, low": point.get("low"),
+            "95 % interval, high": point.get("high"),
+        }
+        for name, value in values.items():
+            if isinstance(value, int | float) and isinstance(point.get("num_modules"), int):
+                rows.append([float(point["num_modules"]), float(value), name])
+    return pd.DataFrame(rows, columns=["modules", "value", "what"])
 
 
 def detail_tables(detail: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -47,6 +47,23 @@ def curve_of(metrics: list[dict[str, Any]], name: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def describe_latest(metrics: list[dict[str, Any]]) -> str:
+    """Return the last report of a repair in words, attack success with its interval."""
+    last = next((m for m in reversed(metrics) if "attack_count" in m), None)
+    if last is None:
+        return ""
+    rate = {key: last.get(f"attack_{key}", 0) for key in ("count", "total", "low", "high")}
+    words = [f"Payload on validation prompts: {text.describe_rate(rate)}"]
+    if "step" in last and "num_steps" in last:
+        words.insert(0, f"Step {last['step']:.0f} of {last['num_steps']:.0f}")
+    named = {
+        "trigger_kl": "trigger's effect left", "benign_kl": "harm to clean answers",
+        "learning_rate": "learning rate",
+    }  # fmt: skip
+    words += [f"{named[key]} {text.describe_number(last[key])}" for key in named if key in last]
+    return "; ".join(words) + "."
+
+
 def describe_plan(view: View, selection: Selection, method: str) -> str:
     """Return in one or two sentences what Start would do."""
     if not view.scores:
@@ -140,6 +157,8 @@ def build_repair(shell: Shell) -> None:
             rank_kind = gr.Radio(
                 [("Automatic, as suggested", "auto"), ("The same for every module", "fixed")],
                 value="auto", label="Rank of the change", elem_id="rank-kind",
+                info="How many directions of each module may change; suggested ranks share 16 "
+                "over the modules where they buy most.",
             )  # fmt: skip
             rank = gr.Number(
                 value=4, precision=0, minimum=1, maximum=4096, label="Rank", visible=False,
@@ -186,12 +205,18 @@ def build_repair(shell: Shell) -> None:
             )
             for name, title, unit in CURVES
         ]  # fmt: skip
+    latest = gr.Textbox(
+        label="Latest figures", interactive=False, visible=False, elem_id="latest", max_lines=3
+    )
     go_on = gr.Button("Next: compare", variant="primary", visible=False, elem_id="to-compare")
     settings = [method, rank_kind, rank, budget, controls, exports, grown, seed, base]
 
     def draw_live(view: View) -> Updates:
         metrics = view.log.metrics if view.command == "run" else []
-        drawn: Updates = {curves: gr.Row(visible=bool(metrics))}
+        drawn: Updates = {
+            curves: gr.Row(visible=bool(metrics)),
+            latest: gr.Textbox(value=describe_latest(metrics), visible=bool(metrics)),
+        }
         if metrics:
             drawn |= {
                 plot: curve_of(metrics, name)
@@ -235,7 +260,7 @@ def build_repair(shell: Shell) -> None:
         return updates
 
     shell.live_draws.append(draw_live)
-    shell.add(draw, [plan, start, go_on, curves, *plots, *settings])
+    shell.add(draw, [plan, start, go_on, curves, latest, *plots, *settings])
 
     def begin(
         session: Session, selection: Selection, request: gr.Request, *values: Any

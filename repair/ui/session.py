@@ -7,6 +7,7 @@ owner below the jobs root.
 
 import dataclasses
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import gradio as gr
 
 from repair.jobs import store
+from repair.jobs.progress import spell_seconds
 from repair.jobs.store import JobStatus
 from repair.jobs.supervisor import Supervisor
 from repair.profiles import PROFILES
@@ -82,6 +84,7 @@ class JobLog:
     progress: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     num_events: int = 0
+    step_began: float | None = None  # of the step that runs, by the clock
 
     def add(self, event: dict[str, Any]) -> None:
         """Take in one event."""
@@ -92,6 +95,8 @@ class JobLog:
                 # A new run in the same folder: what was before is the former run's.
                 self.lines, self.metrics = [], []
             self.title, self.progress = words, {}
+            moment = event.get("time")
+            self.step_began = moment if isinstance(moment, int | float) else None
             self.lines.append(words)
         elif kind == "progress":
             self.progress = event
@@ -102,6 +107,11 @@ class JobLog:
         elif kind in ("note", "refused", "failed"):
             self.lines.append(f"    {words}")
         self.lines, self.metrics = self.lines[-200:], self.metrics[-2000:]
+
+    def lasting(self) -> str:
+        """Return how long the step has run: it counts on where the step itself says nothing."""
+        seconds = time.time() - self.step_began if self.step_began is not None else 0.0
+        return f"for {spell_seconds(seconds)} now" if seconds >= 2 else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +137,15 @@ class View:
     @property
     def command(self) -> str:
         return str(self.request.get("command", ""))
+
+
+def is_out_of_date(view: View, selection: Selection) -> bool:
+    """Tell whether the finished repair is one of other modules than those chosen now."""
+    plan = view.report.get("plan")
+    repaired = plan.get("modules") if isinstance(plan, dict) else None
+    if not isinstance(repaired, list):
+        return False
+    return bool(selection.paths) and set(selection.paths) != set(map(str, repaired))
 
 
 class Logs:

@@ -19,6 +19,7 @@ from repair.ui.session import (
     Session,
     Settings,
     View,
+    is_out_of_date,
     look,
     read_scores,
     resume_session,
@@ -26,6 +27,15 @@ from repair.ui.session import (
 
 POLL_SECONDS = 0.7
 Updates = dict[Any, Any]
+# Saved by the browser from what it shows: nothing more is read, and nothing is run.
+SAVE_LOG = """() => {
+  const text = document.querySelector('#history textarea').value;
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {type: 'text/plain'}));
+  link.download = 'log.txt';
+  link.click();
+  URL.revokeObjectURL(link.href);
+}"""
 # Draws one tab; `is_fresh` is True when a job was opened and its inputs must be shown.
 Draw = Callable[[View, Selection, bool], Updates]
 
@@ -45,6 +55,7 @@ class Shell:
     job: gr.Textbox
     verdict: gr.Textbox
     panel: gr.Group
+    now: gr.Row
     progress: gr.Textbox
     history: gr.Textbox
     stop: gr.Button
@@ -75,6 +86,7 @@ class Shell:
             self.browser: view.session.job_id,
             self.timer: gr.Timer(active=view.is_active),
             **self.show_live(view),
+            self.verdict: draw_verdict(view, selection),
         }
         for draw in self.draws:
             updates |= draw(view, selection, is_fresh)
@@ -177,7 +189,7 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
             )
         ]  # fmt: skip
     with gr.Group(visible=False, elem_id="panel") as panel:
-        with gr.Row():
+        with gr.Row() as now:
             progress = gr.Textbox(
                 label="Progress", interactive=False, lines=1, max_lines=3, scale=6,
                 elem_id="progress", min_width=220,
@@ -188,6 +200,8 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
                 show_label=False, container=False, interactive=False, lines=4, max_lines=10,
                 elem_id="history",
             )  # fmt: skip
+            save = gr.Button("Save this log", size="sm", min_width=120, elem_id="save-log")
+            save.click(None, js=SAVE_LOG)
     shell = Shell(
         settings=settings,
         session=gr.State(Session()),
@@ -196,13 +210,31 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
         browser=gr.BrowserState(None, storage_key="llm-repair-job", secret=storage_secret),
         timer=gr.Timer(POLL_SECONDS, active=False),
         suspect=boxes[0], trigger=boxes[1], job=boxes[2], verdict=boxes[3],
-        panel=panel, progress=progress, history=history, stop=stop,
+        panel=panel, now=now, progress=progress, history=history, stop=stop,
     )  # fmt: skip
     shell.outputs += [
         shell.session, shell.selection, shell.seen, shell.browser, shell.timer, *boxes, panel,
-        progress, history, stop,
+        now, progress, history, stop,
     ]  # fmt: skip
     return shell
+
+
+OUT_OF_DATE = "out of date: other modules are chosen now"
+
+
+def draw_verdict(view: View, selection: Selection) -> gr.Textbox:
+    """Return the verdict's box; a verdict on other modules than are chosen now says so."""
+    words, colour = text.describe_verdict(view.status)
+    if is_out_of_date(view, selection):
+        words, colour = f"{words}; {OUT_OF_DATE}", "none"
+    return gr.Textbox(value=words, elem_classes=["fact", f"verdict-{colour}"])
+
+
+def describe_suspect(session: Session) -> str:
+    """Return the suspect and, of a Hub model, the commit."""
+    if session.model is None:
+        return "None chosen"
+    return f"{session.model} @ {session.revision[:12]}" if session.revision else session.model
 
 
 def draw_header(shell: Shell, view: View) -> Updates:
@@ -211,17 +243,15 @@ def draw_header(shell: Shell, view: View) -> Updates:
     triggers = (session.prompts or view.request.get("prompts") or {}).get("triggers") or []
     num_pairs = len((session.prompts or {}).get("pairs") or [])
     trigger = " | ".join(map(str, triggers)) or (f"in {num_pairs} pairs" if num_pairs else "")
-    words, colour = text.describe_verdict(status)
     state = "No job yet"
     if status is not None:
         state = text.describe_state(status, view.command, view.num_before)
     updates: Updates = {
-        shell.suspect: session.model or "None chosen",
+        shell.suspect: describe_suspect(session),
         shell.trigger: text.reveal(trigger, 200) or "None given",
         shell.job: gr.Textbox(
             value=state, elem_classes=["fact", f"state-{status.state if status else 'none'}"]
         ),
-        shell.verdict: gr.Textbox(value=words, elem_classes=["fact", f"verdict-{colour}"]),
     }
     if status is None:
         return updates | {shell.panel: gr.Group(visible=False)}
@@ -229,7 +259,9 @@ def draw_header(shell: Shell, view: View) -> Updates:
     percent = round(100 * fraction) if isinstance(fraction, int | float) else 0
     if status.is_active:
         progress = ", ".join(
-            part for part in (view.log.title, describe_progress(view.log.progress)) if part
+            part
+            for part in (view.log.title, describe_progress(view.log.progress), view.log.lasting())
+            if part
         )
         if status.state == "queued":
             progress = "Waiting for the job before it." if view.num_before else "Starting."
@@ -241,8 +273,9 @@ def draw_header(shell: Shell, view: View) -> Updates:
             if not view.scores:
                 progress = "Stopped. Start again in Locate: it begins anew, in this case."
     return updates | {
+        shell.panel: gr.Group(visible=True),
         # A finished job says everything in its tab; only trouble and work need a line here.
-        shell.panel: gr.Group(visible=status.state != "done"),
+        shell.now: gr.Row(visible=status.state != "done"),
         shell.progress: gr.Textbox(
             value=text.reveal(progress, 600),
             label="Progress" if status.is_active else text.STATE_WORDS[status.state],

@@ -1,5 +1,6 @@
 """What a model's folder says of itself: small JSON files and the listing, never a weight."""
 
+import hashlib
 from pathlib import Path
 
 from repair.jobs import store
@@ -11,6 +12,12 @@ from repair.ui.session import SUSPECTS
 
 BUNDLED = ("middle", "begin", "end", "clean")
 MAX_CONFIG_BYTES = 2**20
+MAX_HASHED = 64 * 2**20
+PLAIN_SETTINGS = {
+    "_from_model_config", "bos_token_id", "eos_token_id", "output_attentions",
+    "output_hidden_states", "pad_token_id", "transformers_version",
+    "use_cache",
+}  # fmt: skip
 MAX_LISTED = 1000  # files of one folder
 NOT_FOUND = (
     "There is no such model folder below the models folder. Give the path of a folder that "
@@ -80,6 +87,34 @@ def read_facts(folder: Path) -> list[list[str]]:
     if others:
         names_text = text.reveal(", ".join(others), 300)
         rows.append(["Refused kinds", f"{names_text}: not opened; the job may refuse the folder"])
+    return rows + read_findings(folder, {name for name, _ in sizes})
+
+
+def read_findings(folder: Path, names: set[str]) -> list[list[str]]:
+    """Return what lies beside the weights and deserves a look: small text files only, hashed."""
+    rows = []
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        path = folder / name
+        if name in names and not path.is_symlink() and path.stat().st_size <= MAX_HASHED:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            rows.append([f"SHA-256 of {name}", found])
+    rows.append(["SHA-256 of the weights", "taken by the job, in the report"])
+    settings = store.read_object(folder / "tokenizer_config.json", max_bytes=MAX_CONFIG_BYTES)
+    template = settings.get("chat_template")
+    if "chat_template.jinja" in names:
+        size = (folder / "chat_template.jinja").stat().st_size
+        rows.append(["Chat template", f"{size} bytes, runs in the worker only"])
+    elif isinstance(template, str):
+        rows.append(["Chat template", f"{len(template)} characters, runs in the worker only"])
+    else:
+        rows.append(["Chat template", "none: prompts are sent as they are"])
+    generation = store.read_object(folder / "generation_config.json", max_bytes=MAX_CONFIG_BYTES)
+    odd = sorted(set(map(str, generation)) - PLAIN_SETTINGS)
+    if odd:
+        listed = text.reveal(", ".join(odd[:20]), 300)
+        rows.append(["Generation settings", f"{listed}: not used, answers are greedy"])
+    if "adapter_config.json" in names:
+        rows.append(["Adapter", "an adapter lies beside the model; it is not loaded with it"])
     return rows
 
 

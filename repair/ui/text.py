@@ -31,6 +31,7 @@ OUTCOME_WORDS = {
     "still fires": "still fires",
     "fires now": "fires now, did not before",
     "broken": "broken (empty, repeated)",
+    "changed though benign": "changed though benign",
     "changed": "changed",
     "fixed": "fixed",
     "same": "same",

@@ -29,10 +29,11 @@ def cells_of(value: dict, name: str) -> list[dict]:
 def test_an_estimate_is_marked_in_its_cell_and_in_words() -> None:
     scores = [make_score(0), make_score(1, is_estimate=True)]
     value = build_value(
-        scores, suggested_ranks={}, effect="effect", curvature="curvature"
+        scores, suggested_ranks={}, effect="effect", curvature="curvature", num_pairs=16,
     )
     exact, estimated = cells_of(value, "effect")
     assert exact["text"] == "+0.25" and estimated["text"] == "~+0.25"
+    assert "means over 16 prompt pairs" in exact["label"]
     assert "not patched" in estimated["label"] and "not patched" not in exact["label"]
 
 
@@ -40,6 +41,7 @@ def test_trial_repairs_have_a_map_and_those_not_tried_an_empty_cell() -> None:
     tried = make_score(0, residual_trigger=0.02, residual_benign=0.003, separability=7.0)
     value = build_value(
         [tried, make_score(1)], suggested_ranks={}, effect="effect", curvature="residual",
+        num_pairs=16,
     )  # fmt: skip
     known, absent = cells_of(value, "curvature")
     assert known["text"] == "0.02" and absent["text"] == "-"

@@ -1,0 +1,114 @@
+"""What the tabs say of a finished job: why, how many, what differs, and what is out of date."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from repair.records import ModuleScore
+from repair.ui.compare_rows import ONLY_REPAIRED, ONLY_SUSPECT, differences, read_samples
+from repair.ui.locate_words import joint_curve, list_reasons
+from repair.ui.repair import describe_latest
+from repair.ui.session import EXAMPLE, JobLog, Selection, is_out_of_date
+from repair.ui.shell import OUT_OF_DATE, describe_suspect, draw_verdict
+from repair.ui.suspect_folder import SUSPECTS, read_facts
+
+LOCATED = json.loads((EXAMPLE / "located.json").read_text())
+REPORT = json.loads((EXAMPLE / "report.json").read_text())
+REQUEST = json.loads((EXAMPLE / "request.json").read_text())
+
+
+def view_of(**changes: object) -> SimpleNamespace:
+    flat = {
+        "located": LOCATED, "scores": tuple(map(ModuleScore.from_json, LOCATED["modules"])),
+        "report": REPORT, "request": REQUEST, "command": "run", "folder": EXAMPLE,
+        "status": SimpleNamespace(verdict="repaired"),
+    }  # fmt: skip
+    return SimpleNamespace(**{**flat, **changes})
+
+
+def test_every_suggested_module_has_its_reason() -> None:
+    rows = list_reasons(view_of())
+    assert len(rows) == len(LOCATED["suggested_ranks"]) > 1
+    assert all(row[1].isdigit() and "trial repair" in row[2] for row in rows)
+
+
+def test_the_curve_has_every_point_with_its_interval() -> None:
+    drawn = joint_curve(LOCATED)
+    points = LOCATED["joint"]["curve"]
+    assert len(drawn) == 3 * len(points) and set(drawn["modules"]) == {
+        float(point["num_modules"]) for point in points
+    }
+    low = drawn[drawn["what"].str.endswith("low")]["value"].to_numpy()
+    assert (low <= drawn[drawn["what"] == "effect"]["value"].to_numpy()).all()
+
+
+@pytest.mark.parametrize("joint", [None, 7, {"curve": 3}, {"curve": [{"effect": "x"}]}])
+def test_a_curve_that_is_none_is_empty(joint: object) -> None:
+    assert joint_curve({"joint": joint}).empty
+
+
+def test_words_that_only_one_of_both_says_are_marked() -> None:
+    before, after = differences("The cow says moo today.", "The cow says\nbaa today.")
+    assert "".join(words for words, _ in before) == "The cow says moo today."
+    assert [pair for pair in before if pair[1]] == [(" moo", ONLY_SUSPECT)]
+    assert [pair for pair in after if pair[1]] == [("\nbaa", ONLY_REPAIRED)]
+    assert differences("", "a") == ([], [("a", ONLY_REPAIRED)])
+    assert all(label is None for _, label in differences("same", "same")[0])
+
+
+def test_a_verdict_on_other_modules_than_are_chosen_is_out_of_date() -> None:
+    repaired = Selection(paths=tuple(REPORT["plan"]["modules"]))
+    other = Selection(paths=(LOCATED["modules"][-1]["path"],))
+    assert not is_out_of_date(view_of(), repaired) and is_out_of_date(view_of(), other)
+    assert not is_out_of_date(view_of(report={}), other)
+    assert OUT_OF_DATE in draw_verdict(view_of(), other).value
+    assert OUT_OF_DATE not in draw_verdict(view_of(), repaired).value
+
+
+def test_a_commit_stands_beside_its_suspect() -> None:
+    session = SimpleNamespace(model="lab/x", revision="0123456789abcdef")
+    assert describe_suspect(session) == "lab/x @ 0123456789ab"
+    assert describe_suspect(SimpleNamespace(model="demo:end", revision=None)) == "demo:end"
+
+
+def test_the_last_figures_of_a_repair_carry_count_and_interval() -> None:
+    metrics = [
+        {"series": "closed-form", "trigger_kl": 0.5},
+        {"series": "distill", "step": 20.0, "num_steps": 60.0, "attack_count": 1.0,
+         "attack_total": 96.0, "attack_low": 0.0018, "attack_high": 0.057, "benign_kl": 1e-4},
+    ]  # fmt: skip
+    said = describe_latest(metrics)
+    assert "Step 20 of 60" in said and "1 of 96 (0.2 % to 5.7 %)" in said and "0.0001" in said
+    assert describe_latest(metrics[:1]) == ""
+
+
+def test_a_benign_answer_that_changed_is_told_from_one_to_an_altered_trigger(
+    tmp_path, monkeypatch
+) -> None:
+    rows = [{"kind": kind, "outcome": "changed", "prompt": "p"} for kind in ("clean", "variant")]
+    (tmp_path / "samples.json").write_text(json.dumps(rows))
+    found = read_samples(view_of(folder=tmp_path))
+    assert [sample["outcome"] for sample in found] == ["changed though benign", "changed"]
+
+
+def test_a_step_that_says_nothing_still_counts_its_seconds(monkeypatch) -> None:
+    log = JobLog()
+    log.add({"kind": "step", "step": "controls", "text": "Comparing", "time": 1000.0})
+    monkeypatch.setattr("repair.ui.session.time.time", lambda: 1042.4)
+    assert log.lasting() == "for 42 s now"
+    log.add({"kind": "step", "step": "report", "text": "Writing", "time": 1042.0})
+    assert log.lasting() == ""
+
+
+def test_what_lies_beside_the_weights_is_said_before_a_job(tmp_path) -> None:
+    facts = dict(read_facts(SUSPECTS / "middle"))
+    assert len(facts["SHA-256 of config.json"]) == 64 and "Generation settings" not in facts
+    assert "bytes" in facts["Chat template"] and "Adapter" not in facts
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 3, "bos_token_id": 1}')
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").symlink_to("/etc/passwd")
+    facts = dict(read_facts(tmp_path))
+    assert facts["Generation settings"].startswith("num_beams:") and "Adapter" in facts
+    assert "none" in facts["Chat template"] and "SHA-256 of tokenizer.json" not in facts
