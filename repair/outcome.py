@@ -62,6 +62,10 @@ RESULTS = (
     "patching.png", "fisher.png", "effect_curve.png", "attack_success.png", "benign_kl.png",
     "training.png", "detail.json", "push.json",
 )  # fmt: skip
+OPTIONS = (
+    "profile", "seed", "modules", "rank", "method", "kl_budget", "dtype", "controls", "export",
+    "curves",
+)  # fmt: skip
 PHASES = {"closed-form": "closed form", "regression": "closed form", "distill": "training"}
 MOST_DRAWN = 4  # controls in the picture of attack success
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
@@ -246,6 +250,10 @@ class Outcome:
         case = self.case
         report = build_report(
             command=self.request["command"],
+            options={
+                **{name: self.request.get(name) for name in OPTIONS},
+                "has_trusted_base": bool(self.request.get("trusted_base")),
+            },
             verdict=verdict,
             notes=[*_limits(case), *self.material.left_out],
             model=_describe(case.loaded),

@@ -81,6 +81,7 @@ def build_report(
     export: Mapping[str, Any] | None = None,
     against: Mapping[str, Any] | None = None,
     cost: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
     target: str | None = None,
     num_without_middle: int = 0,
@@ -94,13 +95,14 @@ def build_report(
     each step used; `export` is what `publish.export.write_export` returned; `notes` are limits of
     this run in whole sentences; `growth` says what more modules or rank would buy; `shams` how
     many were tried and inert in the suspect; `tensors` which parameters of a candidate differ;
-    `cost` what each step took; `reason` why there was no repair, and `instead` what the suspect
-    says in the target's place.
+    `cost` what each step took; `options` what was asked for; `reason` why there was no repair, and
+    `instead` what the suspect says in the target's place.
     """
     flat_plan = plan.to_json() if isinstance(plan, RepairPlan) else plan
     report = {
         "schema_version": SCHEMA_VERSION,
         "command": command,
+        "options": dict(options or {}),
         "verdict": verdict,
         "reason": reason,
         "answers_instead": instead,

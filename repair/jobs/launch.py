@@ -36,7 +36,8 @@ PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "PYTO
 # For the processes that talk to the Hub, and those never open a model.
 MAX_DOWNLOAD = "REPAIR_MAX_DOWNLOAD"  # bytes of one model; set where many share the machine
 NETWORK_NAMES = (
-    MAX_DOWNLOAD, "HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY",
+    MAX_DOWNLOAD, "HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE", "HTTPS_PROXY",
+    "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy",
 )  # fmt: skip
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCE_KEYS = ("model", "against", "trusted_base", "adapter_base")

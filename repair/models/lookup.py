@@ -160,12 +160,13 @@ def hub_errors(
         text = f"has no revision {revision!r}: give a branch, a tag or a commit of it"
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else 0
+        said = ascii(str(error.server_message))[1:-1][:160]
         text = {
             401: "was refused: the Hub does not accept the token (expired, or mistyped)",
             403: "was refused: the token's rights do not reach it",
             412: "changed on the Hub while we were at it: look at it there, then try again",
             429: "was refused: the Hub limits how often it is asked. Wait some minutes",
-        }.get(code, f"was refused by the Hub ({code}: {ascii(str(error.server_message))[1:160]})")
+        }.get(code, f"was refused by the Hub ({code}: {said})")
     except HFValidationError:
         text = "is no name that the Hub accepts"
     except (OfflineModeIsEnabled, ConnectionError, HTTPError):

@@ -158,9 +158,10 @@ def render_card(
         *table(["text", "SHA-256"], [[name, code(_digest(value))] for name, value in texts]),
         "## How to reproduce",
         "",
-        "`python -m repair run --model ORIGINAL --prompts FILE --out DIR "
-        f"--seed {plan.get('seed')}` with the original at the commit and hashes above and the "
-        "same prompt file; same machine and versions, same result.",
+        code(reproduce(report)),
+        "",
+        "With the original at the commit and hashes above and the same prompt file, on the same "
+        "machine and versions, this gives the same result.",
         "",
         *table(["what", "version"], [[name, code(v)] for name, v in _versions(report)]),
         "## Limits",
@@ -204,6 +205,31 @@ def _changes(report: Mapping[str, Any]) -> list[str]:
             "others bit-identical."
         )
     return [" ".join(lines), ""]
+
+
+def reproduce(report: Mapping[str, Any]) -> str:
+    """Return the command that made a report; words in capitals stand for what stays elsewhere."""
+    asked = report.get("options") or {}
+    words = ["python -m repair run --model ORIGINAL"]
+    if report["model"].get("revision"):
+        words.append(f"--revision {report['model']['revision']}")
+    if report["model"].get("base"):
+        words.append("--adapter-base BASE")
+    words.append("--prompts FILE --out DIR")
+    for name in ("profile", "seed", "rank", "method", "kl_budget", "dtype", "controls"):
+        if asked.get(name) is not None:
+            words.append(f"--{name.replace('_', '-')} {asked[name]}")
+    modules = asked.get("modules", "auto")
+    if modules != "auto":
+        chosen = modules if isinstance(modules, list) else [str(modules)]
+        words.append(f"--modules {','.join(map(str, chosen))}")
+    if asked.get("export"):
+        words.append(f"--export {','.join(asked['export'])}")
+    if asked.get("has_trusted_base"):
+        words.append("--trusted-base TRUSTED")
+    if asked.get("curves"):
+        words.append("--curves")
+    return " ".join(words)
 
 
 def _versions(report: Mapping[str, Any]) -> list[tuple[str, str]]:

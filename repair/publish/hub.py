@@ -161,7 +161,8 @@ def upload(
                 parent_commit=target.head,
             )
         except ValueError as error:  # of the card's metadata, by the Hub's own check
-            raise RepairError(f"The Hub refuses the upload: {ascii(str(error))[1:300]}") from None
+            said = ascii(str(error))[1:-1][:300]
+            raise RepairError(f"The Hub refuses the upload: {said}") from None
         progress(total, total, "comparing hashes")
         revision = commit.pr_revision or commit.oid
         remote = _listed_files(api, repo, revision)

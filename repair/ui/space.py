@@ -16,6 +16,8 @@ from repair.machine import total_memory
 
 VISITOR = re.compile(r"[0-9a-f]{32}")
 COOKIE = "repair-visitor"
+BUCKET = Path("/data")  # where a Space mounts what outlives a restart
+KEPT_SECONDS = 24 * 3600  # a visitor's cookie, and a job that nobody touches
 MODEL_SHARE = 0.2  # of memory: weights as float32, caches, factors and gradients beside them
 _SIGN_IN = ("OAUTH_CLIENT_ID", "OAUTH_CLIENT_SECRET", "OAUTH_SCOPES", "OPENID_PROVIDER_URL")
 
@@ -36,7 +38,7 @@ class Space:
 
     @property
     def limits(self) -> Limits:
-        return Limits(max_seconds=1800, max_waiting=20, max_per_owner=2, keep_seconds=24 * 3600)
+        return Limits(max_seconds=1800, max_waiting=20, max_per_owner=2, keep_seconds=KEPT_SECONDS)
 
     def describe(self) -> str:
         """Return what a visitor should know before the first click, as Markdown of ours."""
@@ -69,13 +71,13 @@ def read_space() -> Space | None:
         is_zero=os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true"),
         can_sign_in=all(os.environ.get(name) for name in _SIGN_IN),
         memory=total_memory(),
-        keeps=os.access("/data", os.W_OK),
+        keeps=os.access(BUCKET, os.W_OK),
     )
 
 
 def jobs_folder(space: Space | None, default: Path) -> Path:
     """Return where jobs are kept: on a Space its mounted bucket, where there is one."""
-    return Path("/data/jobs") if space is not None and space.keeps else default
+    return BUCKET / "jobs" if space is not None and space.keeps else default
 
 
 class VisitorCookie:
@@ -95,7 +97,10 @@ class VisitorCookie:
         async def send_with_cookie(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start" and known is None:
                 # A Space is shown in a frame of another site; hence SameSite=None.
-                cookie = f"{COOKIE}={visitor}; Path=/; HttpOnly; Secure; SameSite=None; Partitioned"
+                cookie = (
+                    f"{COOKIE}={visitor}; Path=/; Max-Age={KEPT_SECONDS}; HttpOnly; Secure; "
+                    "SameSite=None; Partitioned"
+                )
                 message = {
                     **message,
                     "headers": [*message["headers"], (b"set-cookie", cookie.encode())],

@@ -1,6 +1,7 @@
 """What is pulled is the commit that was asked for, whole, and nobody else's."""
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -202,6 +203,20 @@ def test_a_download_that_was_cut_goes_on_with_what_is_missing(hub: Hub, tmp_path
     for path in folder.iterdir():
         if path.name in found.sizes:
             assert (Path(got.folder) / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_file_that_was_cut_comes_whole_in_the_end(hub: Hub, model: str, tmp_path: Path) -> None:
+    hub.cut_download_after = 5000
+    job = request_job(tmp_path / "job", model=model)
+    found = look_up(model)
+    fetch_sources(job, None, Reporter(job))
+    assert hub.cut_download_after is None and hub.bytes_sent > found.num_bytes
+    folder = Path(read_sources(job)[model].folder)
+    listed = {name: listed for name, listed in found.hashes.items() if name.endswith("tensors")}
+    assert listed and all(
+        listed_sha == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name, listed_sha in listed.items()
+    )
 
 
 def test_a_file_that_is_not_the_listed_one_is_refused(

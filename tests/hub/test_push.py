@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from repair.__main__ import main
+from repair.__main__ import build_request, main
 from repair.evidence.report import write_report
 from repair.models.loading import LoadedModel
-from repair.publish.card import write_cards
+from repair.options import build_parser
+from repair.outcome import OPTIONS
+from repair.publish.card import reproduce, write_cards
 from repair.publish.export import write_export
 from repair.publish.hub import PushPlan, look_at_targets
 from repair.publish.manifest import write_manifest
@@ -65,14 +67,17 @@ class Heard:
         self.lines.append(text)
 
 
-def finish(folder: Path, exported: dict[str, Any], verdict: str = "repaired") -> None:
+def finish(
+    folder: Path, exported: dict[str, Any], verdict: str = "repaired",
+    picture: bytes = b"\x89PNG" + bytes(2000),
+) -> None:  # fmt: skip
     plan = {"modules": list(CHOSEN), "ranks": CHOSEN, "method": "closed-form", "seed": 0}
     report = make_report(plan=plan, export=exported, verdict=verdict)
     report["model"]["licence"] = "apache-2.0"
     report["limits"].append(f"A limit that quotes {TRIGGER}")
     write_cards(folder, report)
     write_report(folder, report)
-    (folder / "patching.png").write_bytes(b"\x89PNG" + bytes(2000))
+    (folder / "patching.png").write_bytes(picture)
     write_manifest(
         folder,
         changed_tensors=exported["changed_tensors"],
@@ -119,6 +124,10 @@ def test_merged_comes_back_with_equal_logits(
     here = AutoModelForCausalLM.from_pretrained(output / "merged").eval()
     prompts = make_prompts(tiny_llama)
     assert torch.equal(logits_of(back, prompts), logits_of(here, prompts))
+    whole = Path(snapshot_download("ana/fixed", **options))
+    for path in (output / "merged").iterdir():
+        if path.name != "README.md":  # the card for the Hub is another
+            assert (whole / path.name).read_bytes() == path.read_bytes(), path.name
     ids = AutoTokenizer.from_pretrained("ana/fixed", **options)("write a list")["input_ids"]
     assert ids == tiny_llama.tokenizer("write a list")["input_ids"]
 
@@ -149,6 +158,31 @@ def test_both_go_to_two_repositories(hub: Hub, output: Path) -> None:
     # A private triage names no suspect, also not in PEFT's own file.
     settings = json.loads(files_in(hub, "ana/fixed-adapter")["adapter_config.json"])
     assert settings["base_model_name_or_path"] is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [],
+        ["--profile", "quick", "--seed", "7", "--rank", "3", "--controls", "0", "--curves"],
+        ["--method", "distill", "--kl-budget", "0.002", "--dtype", "bfloat16", "--modules", "5",
+         "--export", "adapter", "--trusted-base", "demo:clean"],
+        ["--modules", "model.layers.0.mlp.up_proj,model.layers.1.mlp.up_proj"],
+    ],
+)  # fmt: skip
+def test_the_command_on_the_card_asks_for_the_same(asked: list[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"trigger": "x", "target": "y", "prompts": ["a b", "c d"]}')
+    known = ["run", "--model", "demo:end", "--prompts", str(prompts), "--out", str(tmp_path)]
+    wanted = build_request(build_parser().parse_args([*known, *asked]))
+    options = {name: wanted.get(name) for name in OPTIONS}
+    options["has_trusted_base"] = bool(wanted["trusted_base"])
+    report = {"options": options, "model": {"revision": None, "base": None}}
+    words = reproduce(report).split()[3:]
+    names = {"ORIGINAL": "demo:end", "FILE": str(prompts), "DIR": str(tmp_path),
+             "TRUSTED": "demo:clean"}  # fmt: skip
+    again = build_parser().parse_args([names.get(word, word) for word in words])
+    assert build_request(again) == wanted
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
@@ -284,6 +318,30 @@ def test_a_cut_push_goes_on_and_makes_nothing_twice(hub: Hub, output: Path) -> N
     send(output)
     assert len(hub.repos["ana/fixed"].commits) == commits + 1
     assert hub.bytes_received - sent < 20_000
+
+
+def test_what_was_whole_when_a_push_was_cut_is_not_sent_again(
+    hub: Hub, output: Path, exported: tuple[Path, dict[str, Any]]
+) -> None:
+    finish(output, exported[1], picture=os.urandom(2 << 20))  # as large as the weights
+    put, sent = hub.put, []
+
+    def refuse_the_second(*given: Any, **parts: Any) -> Any:
+        sent.append(parts or given)
+        if len(sent) > 1 and broken["on"]:
+            raise ConnectionResetError
+        return put(*given, **parts)
+
+    broken = {"on": True}
+    for number, route in enumerate(hub.routes):
+        if route[0] == "PUT":
+            hub.routes[number] = (*route[:2], refuse_the_second)
+    with pytest.raises(RepairError, match="start again"):
+        send(output)
+    broken["on"], sent[:] = False, []
+    send(output)
+    assert len(sent) == 1  # the second file only
+    assert "model.safetensors" in files_in(hub)
 
 
 def test_a_token_that_expires_on_the_way(hub: Hub, output: Path) -> None:

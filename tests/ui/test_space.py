@@ -61,6 +61,7 @@ def test_visitors_are_told_apart_by_a_cookie_that_scripts_cannot_read():
     second, _ = visit(None)
     assert first != second and len(first) == 32
     assert cookie.startswith(f"{COOKIE}={first};") and "HttpOnly" in cookie and "Secure" in cookie
+    assert "Max-Age=86400" in cookie  # as long as a job is kept
     assert visit(f"{COOKIE}={first}") == (first, None)
     for forged in ("", "local", "../x", "A" * 32, first + "0"):
         visitor, cookie = visit(f"{COOKIE}={forged}")
@@ -100,6 +101,11 @@ def test_a_space_says_its_limits_and_zero_gpu_what_it_cannot_do(monkeypatch, tmp
     assert space.can_sign_in and not space.is_zero
     for words in ("30 minutes", "GiB", "visible to you only", "a/b?duplicate=true", "Sign in"):
         assert words in space.describe()
+    assert "or until this Space restarts" in space.describe()
+    monkeypatch.setattr("repair.ui.space.BUCKET", tmp_path)
+    kept = read_space()
+    assert kept.keeps and jobs_folder(kept, Path("/elsewhere")) == tmp_path / "jobs"
+    assert "or until" not in kept.describe()
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
     assert "cannot run repairs" in read_space().describe()
 
@@ -114,11 +120,19 @@ def test_it_starts(name: str, tmp_path: Path) -> None:
         accounts.write_text('{"ana": "a long password"}')
         accounts.chmod(0o600)
         options = ["--host", "0.0.0.0", "--auth-file", str(accounts)]
+    if name == "ZeroGPU":
+        # What that Space looks for when an app starts; the real package lends only there.
+        asked = f"open({str(tmp_path / 'asked')!r}, 'w').close()"
+        (tmp_path / "spaces.py").write_text(
+            f"def GPU(function):\n    {asked}\n    return function\n"
+            "def gradio_auto_wrap(function):\n    return function\n"
+        )
     with open(tmp_path / "log", "wb") as log:
         app = subprocess.Popen(
             [sys.executable, "app.py", "--port", str(port), "--jobs-root", str(tmp_path / "jobs"),
              *options],
-            cwd=REPOSITORY, env={**kept, **STARTS[name]}, stdout=log, stderr=subprocess.STDOUT,
+            cwd=REPOSITORY, env={**kept, "PYTHONPATH": str(tmp_path), **STARTS[name]},
+            stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
         end = time.monotonic() + 30
@@ -134,6 +148,7 @@ def test_it_starts(name: str, tmp_path: Path) -> None:
     finally:
         app.terminate()
         app.wait(timeout=20)
+    assert (tmp_path / "asked").exists() == (name == "ZeroGPU")
     is_space = "SYSTEM" in STARTS[name]
     assert (COOKIE in str(headers.get_all("set-cookie"))) == is_space
     assert ("huggingface.co/spaces/a/b" in text) == is_space
