@@ -32,6 +32,7 @@ from repair.records import RepairError
 PROCESS = 560 << 20  # of a worker that has opened no model: its libraries
 DISK_LEFT = 1 << 30  # beyond what an export itself takes
 LESSON_TOKENS = 17
+SLACK = 200 << 20  # what a process keeps of earlier steps
 TEMPLATE_TOKENS = 20  # around a prompt
 MAX_SIZE = 1 << 24  # of any figure in config.json that is believed here
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -105,16 +106,16 @@ class Cost:
 
 # Fitted to `tests.bench.needs` on one core; a unit is what `_units` counts.
 COSTS = {
-    "before": Cost(layer=2.5e-3, tokens=60.0),
-    "lessons": Cost(layer=3e-3, tokens=60.0),
-    "patching": Cost(layer=4e-4, tokens=40.0),
-    "curvature": Cost(layer=2.5e-2, tokens=600.0),
-    "joint": Cost(layer=3e-2, tokens=500.0),
-    "repair": Cost(layer=8e-3, tokens=1500.0),
-    "after": Cost(layer=2.5e-3, tokens=60.0),
-    "controls": Cost(layer=3.0, tokens=1e5),
-    "comeback": Cost(layer=2e-2, tokens=500.0),
-    "export": Cost(layer=1.0, tokens=0.0),
+    "before": Cost(layer=2.4e-3, tokens=90),
+    "lessons": Cost(layer=2.2e-3, tokens=50),
+    "patching": Cost(layer=2.2e-3, tokens=35),
+    "curvature": Cost(layer=2.5e-2, tokens=1600),
+    "joint": Cost(layer=3.3e-2, tokens=2500),
+    "repair": Cost(layer=7.5e-3, tokens=1600),
+    "after": Cost(layer=2.4e-3, tokens=100),
+    "controls": Cost(layer=5.0, tokens=3e5),
+    "comeback": Cost(layer=6e-3, tokens=100),
+    "export": Cost(layer=1.2, tokens=1.5e4),
 }
 STEPS_OF = {
     "locate": ("load", "lessons", "patching", "curvature", "joint"),
@@ -173,7 +174,7 @@ def estimate(
         seconds = None
         if rate is not None:
             seconds = _seconds(shape, step, units.get(step, 0.0), work, rate)
-        size = PROCESS + weights + sizes.get(step, 0)
+        size = PROCESS + weights + sizes.get(step, 0) + (0 if step == "load" else SLACK)
         if step == "export":  # a fresh process opens what was written
             size += PROCESS + shape.num_parameters * itemsize
         found.append(Need(step=step, bytes=size, seconds=seconds))
@@ -274,37 +275,45 @@ def _working_sets(shape: Shape, work: Work, itemsize: int) -> dict[str, int]:
     """Return step -> bytes beside the weights."""
     profile, num_layers = PROFILES[work.profile], shape.num_layers
     num_tokens = work.num_prompt_tokens + work.num_answer_tokens
-    rows = max(1, ANSWER_TOKENS // num_tokens)
-    answers = (
-        2 * shape.num_layers * shape.key_value * itemsize * rows * num_tokens
-        + rows * work.num_prompt_tokens * (3 * shape.inner + 4 * shape.width) * itemsize
-        + 3 * rows * shape.heads * work.num_prompt_tokens**2 * 4
-        + 4 * rows * shape.vocabulary * 4
-    )
+
+    def answering(num_prompts: int, length: int) -> int:
+        rows = min(num_prompts, max(1, ANSWER_TOKENS // length))
+        return (
+            2 * num_layers * shape.key_value * itemsize * rows * length
+            + rows * work.num_prompt_tokens * (3 * shape.inner + 4 * shape.width) * itemsize
+            + 3 * rows * shape.heads * work.num_prompt_tokens**2 * 4
+            + 4 * rows * shape.vocabulary * 4
+        )
+
+    answers = answering(profile.num_evaluate, num_tokens)
     all_rows = min(ANSWER_TOKENS, max(256, SCORING_ELEMENTS // shape.vocabulary))
     scoring = int(6 * 4 * all_rows * shape.vocabulary * work.num_answer_tokens / num_tokens)
     teacher = (
         (profile.num_repair + profile.num_validate) * LESSON_TOKENS * shape.vocabulary * 4
     )
     lesson_tokens = work.num_prompt_tokens + LESSON_TOKENS
+    asked = answering(profile.num_repair, lesson_tokens)
+    patched = min(PATCHING_TOKENS, profile.num_patched_pairs * work.num_prompt_tokens)
     kept = (
-        min(PATCHING_KEPT, 2 * 4 * PATCHING_TOKENS * num_layers * sum(d for _, d in shape.modules))
+        min(PATCHING_KEPT, 2 * 4 * patched * num_layers * sum(d for _, d in shape.modules))
         + PATCHING_TOKENS * (3 * shape.inner + 6 * shape.width) * itemsize
     )
     squares = [(d_in**2 + d_out**2) * FACTOR_BYTES for d_in, d_out in shape.modules]
-    factors = min(shape.num_layers * sum(squares), max(FACTORS_KEPT, max(squares)))
+    factors = min(num_layers * sum(squares), max(FACTORS_KEPT, max(squares)))
     graph = {
-        tokens: tokens * shape.num_layers * (8 * shape.width + 4 * shape.inner) * itemsize
-        + tokens * shape.num_layers * 2 * shape.heads * lesson_tokens * itemsize
+        tokens: tokens * depth * (8 * shape.width + 4 * shape.inner) * itemsize
+        + tokens * depth * 2 * shape.heads * lesson_tokens * itemsize
         + int(copies * 4 * tokens * shape.vocabulary * LESSON_TOKENS / lesson_tokens)
-        for tokens, copies in ((FISHER_TOKENS, 14), (TRAINING_TOKENS, 9))
+        for tokens, depth, copies in (
+            (FISHER_TOKENS, num_layers, 14), (TRAINING_TOKENS, -(-num_layers // 2), 9),
+        )  # fmt: skip
     }
     measuring = teacher + max(answers, scoring)
     return {
         "load": shape.vocabulary * shape.width * itemsize,
         "before": max(answers, scoring),
-        "lessons": teacher + answers + scoring,
-        "patching": teacher + max(kept, answers),
+        "lessons": teacher + asked + scoring,
+        "patching": teacher + max(kept, asked),
         "curvature": teacher + factors + graph[FISHER_TOKENS],
         "joint": teacher + factors + kept,
         "repair": teacher + factors + graph[TRAINING_TOKENS],
@@ -329,7 +338,7 @@ def _units(shape: Shape, work: Work) -> dict[str, float]:
         "repair": profile.num_repair + profile.num_validate,
         "after": measured,
         "controls": work.num_controls + 1 if work.num_controls else 0,
-        "comeback": profile.num_stressed * (4 if profile.with_training else 1),
+        "comeback": profile.num_stressed * (40 if profile.with_training else 1),
         "export": 1,
     }
 
@@ -340,5 +349,7 @@ def _seconds(shape: Shape, step: str, units: float, work: Work, rate: float) -> 
         return 1 + 3 * shape.num_parameters / rate  # read, hashed, copied and checked
     cost = COSTS[step]
     length = (work.num_prompt_tokens + work.num_answer_tokens) / 64
-    operations = 2 * shape.layer_parameters * cost.tokens * length * units
+    # Logits are made at the answers' tokens alone.
+    weights = shape.layer_parameters + 0.4 * shape.width * shape.vocabulary
+    operations = 2 * weights * cost.tokens * length * units
     return cost.layer * shape.num_layers * units + operations / rate
