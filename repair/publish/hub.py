@@ -183,12 +183,32 @@ def _check_account(plan: PushPlan, account: Mapping[str, Any]) -> None:
             "The Hub token may only read. Make one with the right to write (Hub settings, Access "
             "tokens), and push again."
         )
+    if token.get("role") == "fineGrained" and not plan.is_pull_request:
+        _check_scopes(plan, token.get("fineGrained"))
     owners = [account.get("name"), *(org.get("name") for org in account.get("orgs") or [])]
     owner = plan.repo.split("/")[0]
     if owner not in owners and not plan.is_pull_request:
         raise RepairError(
             f"The Hub token is {owners[0]}'s, who is not {owner!r} and no member of it. Use the "
             f"form {owners[0]}/NAME, or open a pull request."
+        )
+
+
+def _check_scopes(plan: PushPlan, scopes: Any) -> None:
+    """Raise RepairError for a token of chosen rights, none of which lets it write there."""
+    try:
+        granted = {
+            permission
+            for scope in scopes["scoped"]
+            if scope["entity"].get("name") in (plan.repo, plan.repo.split("/")[0])
+            for permission in scope["permissions"]
+        }
+    except (KeyError, TypeError, AttributeError):  # The Hub says it otherwise: it will decide.
+        return
+    if "repo.write" not in granted:
+        raise RepairError(
+            f"The Hub token has chosen rights, and none of them lets it write to {plan.repo}. "
+            "Give it write access to that repository or its owner (Hub settings, Access tokens)."
         )
 
 

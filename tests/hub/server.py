@@ -9,7 +9,10 @@ after so many requests, an answer that limits the rate.
 
 What it does not prove: Xet (the tests switch it off; the Hub uses it by default), the multipart
 uploads of files above 5 GB, the Hub's own limits, scans and permissions of organisations in detail,
-which calls each OAuth scope covers, and that the Hub still answers tomorrow as it does today.
+which calls each OAuth scope covers, the sign-in's own checks (it gives a whole token to whoever
+comes with a code, looks at no client secret, redirect address or scope), what a fine-grained token
+may do beyond writing under an owner's name, and that the Hub still answers tomorrow as it does
+today.
 """
 
 import base64
@@ -39,10 +42,15 @@ class Account:
     """Whose token it is and what it may do."""
 
     name: str
-    role: str = "write"  # read, write
+    role: str = "write"  # read, write, fineGrained
+    scopes: dict[str, list[str]] = field(default_factory=dict)  # fineGrained: owner -> permissions
     orgs: tuple[str, ...] = ()
     accepted: set[str] = field(default_factory=set)  # gated repositories
     requests_left: int | None = None  # after so many, the token has expired
+
+    def may_write(self, owner: str) -> bool:
+        """Tell whether the token lets its holder write under a name."""
+        return self.role == "write" or "repo.write" in self.scopes.get(owner, [])
 
 
 @dataclass
@@ -169,7 +177,7 @@ class Hub:
         repo = self.readable(repo_id, account)
         if account is None:
             raise Refused(401, "Log in first.")
-        if account.role != "write":
+        if not account.may_write(repo_id.split("/")[0]) and not (pr and account.role == "write"):
             raise Refused(403, "This token has no right to write.")
         if not pr and repo_id.split("/")[0] not in (account.name, *account.orgs):
             raise Refused(403, "You have no right to write to this repository.")
@@ -189,7 +197,13 @@ class Hub:
         return {
             "type": "user", "name": account.name, "fullname": account.name,
             "orgs": [{"name": org, "type": "org"} for org in account.orgs],
-            "auth": {"type": "access_token", "accessToken": {"role": account.role}},
+            "auth": {"type": "access_token", "accessToken": {
+                "role": account.role,
+                "fineGrained": {"canReadGatedRepos": False, "global": [], "scoped": [
+                    {"entity": {"_id": name, "type": "user", "name": name}, "permissions": rights}
+                    for name, rights in account.scopes.items()
+                ]},
+            }},
         }  # fmt: skip
 
     def create(self, account, query, body):
@@ -198,7 +212,7 @@ class Hub:
         asked = json.loads(body)
         owner = asked.get("organization") or account.name
         repo_id = f"{owner}/{asked['name']}"
-        if account.role != "write" or owner not in (account.name, *account.orgs):
+        if not account.may_write(owner) or owner not in (account.name, *account.orgs):
             raise Refused(403, "You have no right to create a repository there.")
         if repo_id in self.repos:
             raise Refused(409, "You already created this model repo", url=f"{self.url}/{repo_id}")
@@ -258,7 +272,7 @@ class Hub:
         }
 
     def batch(self, account, query, body, repo_id):
-        if account is None or account.role != "write":
+        if account is None or not account.may_write(repo_id.split("/")[0]):
             raise Refused(403, "This token has no right to write.")
         objects = []
         for asked in json.loads(body)["objects"]:

@@ -258,6 +258,16 @@ def test_one_repository_never_holds_two_kinds(hub: Hub, output: Path) -> None:
     assert "pytorch_model.bin" not in proposed and proposed["docs/notes.md"] == b"theirs"
 
 
+def test_a_token_of_chosen_rights_is_asked_before_anything_long(hub: Hub, output: Path) -> None:
+    hub.add_account("hf_narrow", "ana", role="fineGrained", scopes={"ana": ["repo.content.read"]})
+    with pytest.raises(RepairError, match="none of them lets it write to ana/fixed"):
+        send(output, "hf_narrow")
+    assert "ana/fixed" not in hub.repos and hub.bytes_received == 0
+    hub.accounts["hf_narrow"].scopes["ana"].append("repo.write")
+    send(output, "hf_narrow")
+    assert "model.safetensors" in files_in(hub)
+
+
 def test_a_pull_request_on_an_existing_model(hub: Hub, output: Path) -> None:
     hub.add_repo(BASE, {"README.md": b"# theirs\n", "model.safetensors": b"old" * 1000})
     head = hub.repos[BASE].refs["main"]
