@@ -170,7 +170,8 @@ def test_verify_holds_and_notices_a_changed_byte(repaired: Path) -> None:
 
 def test_a_look_into_a_layer_leaves_the_export_whole(repaired: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(repaired, tmp_path / "looked"))
-    ended = call("locate", *QUESTION, "--out", out, "--detail", 0, "--resume")
+    asked = QUESTION[:4]  # a trusted base is a matter of repairing
+    ended = call("locate", *asked, "--out", out, "--detail", 0, "--resume")
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert (out / "detail.json").is_file() and call("verify", out).returncode == 0
 

@@ -86,7 +86,8 @@ def build_choice(shell: Shell, maps: gr.HTML, *, effect: gr.Radio, go_on: gr.But
         ]  # fmt: skip
         return {
             count: describe_selection(view, selection),
-            shell.verdict: draw_verdict(view, selection),
+            # Only a finished repair can be out of date; nothing else is drawn anew for a choice.
+            **({shell.verdict: draw_verdict(view, selection)} if view.report else {}),
             mirror: gr.CheckboxGroup(choices=choices, value=list(selection.paths)),
             undo: gr.Button(interactive=bool(selection.earlier) and not view.is_active),
             go_on: gr.Button(visible=bool(view.scores), interactive=bool(selection.paths)),
