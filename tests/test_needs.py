@@ -108,7 +108,8 @@ def test_a_request_is_read_and_whatever_else_is_in_it_is_not_believed() -> None:
 
 def test_what_does_not_fit_is_refused_with_numbers_and_what_to_do() -> None:
     found = estimate(read_shape(LLAMA_1B), Work(), itemsize=4)
-    check_fits(found, available=largest(found).bytes, where="memory")
+    # An estimate that is somewhat too high must not turn away a job that would have fitted.
+    check_fits(found, available=int(0.7 * largest(found).bytes), where="memory")
     with pytest.raises(RepairError) as error:
         check_fits(found, available=2 << 30, where="memory")
     words = str(error.value)
