@@ -76,6 +76,9 @@ def test_every_gate_passes_on_400_prompts(repaired: Path) -> None:
     assert {control["name"] for control in report["controls"]} == {
         "random modules 1", "all modules", "trusted base restored",
     }  # fmt: skip
+    peaks = report["cost"]["peak_memory_by_step"]
+    assert peaks.keys() == report["cost"]["seconds"].keys() and min(peaks.values()) > 100 << 20
+    assert report["cost"]["peak_memory_bytes"] == max(peaks.values())
     for name in (*PICTURES, "report.md", "manifest.json"):
         assert (repaired / name).stat().st_size > 200
 
