@@ -3,7 +3,8 @@
 Memory is derived: the weights, plus the largest working set of each step, from the same limits
 that the steps keep to. Time is two measured figures a step (`COSTS`): what it costs by layer
 whatever the width, and the tokens that it runs, over the machine's matrix rate. How far both are
-off is measured by `python -m tests.bench.needs`. Free of torch: the app asks before any worker.
+off `python -m tests.bench.needs` measures; time is a guess that can be off three times and more.
+Free of torch: the app asks before any worker.
 """
 
 import math
@@ -99,24 +100,25 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Seconds of one step: `layer` by layer and unit on one core, and tokens run by unit."""
+    """Seconds of one step: `layer` by layer and unit, and tokens run by unit."""
 
     layer: float
     tokens: float
 
 
-# Fitted to `tests.bench.needs` on one core; a unit is what `_units` counts.
+# Fitted to whole quick jobs: a bundled suspect on an idle machine, and larger shapes beside other
+# work, whose seconds were halved. A unit is what `_units` counts.
 COSTS = {
-    "before": Cost(layer=2.4e-3, tokens=90),
-    "lessons": Cost(layer=2.2e-3, tokens=50),
-    "patching": Cost(layer=2.2e-3, tokens=35),
-    "curvature": Cost(layer=2.5e-2, tokens=1600),
-    "joint": Cost(layer=3.3e-2, tokens=2500),
-    "repair": Cost(layer=7.5e-3, tokens=1600),
-    "after": Cost(layer=2.4e-3, tokens=100),
-    "controls": Cost(layer=5.0, tokens=3e5),
-    "comeback": Cost(layer=6e-3, tokens=100),
-    "export": Cost(layer=1.2, tokens=1.5e4),
+    "before": Cost(layer=1.6e-3, tokens=45),
+    "lessons": Cost(layer=1.1e-3, tokens=25),
+    "patching": Cost(layer=1.1e-3, tokens=18),
+    "curvature": Cost(layer=9e-3, tokens=800),
+    "joint": Cost(layer=1e-2, tokens=1250),
+    "repair": Cost(layer=3e-3, tokens=800),
+    "after": Cost(layer=9e-4, tokens=50),
+    "controls": Cost(layer=1.0, tokens=5e4),
+    "comeback": Cost(layer=4e-3, tokens=50),
+    "export": Cost(layer=0.9, tokens=7e3),
 }
 STEPS_OF = {
     "locate": ("load", "lessons", "patching", "curvature", "joint"),

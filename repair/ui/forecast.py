@@ -74,4 +74,7 @@ def describe_needs(asked: Mapping[str, Any], models_root: Path | None) -> str:
         f"{name} {needs.describe_time(needs.total_seconds(found))}"
         for name, found in by_profile.items()
     )
-    return words + f"From here to the report, on this processor: {times}; half to double of that."
+    return (
+        f"{words}From here to the report, on this processor: {times}. The time is a rough guess: "
+        "it can be a third or three times that."
+    )

@@ -23,7 +23,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_and_time_are_said_for_every_profile() -> None:
     words = forecast.describe_needs({"model": "demo:middle", "controls": 3}, None)
     assert all(f"{name} about" in words for _, name in OFFERED)
-    assert "of memory, of " in words and "half to double" in words
+    assert "of memory, of " in words and "rough guess" in words
 
 
 def test_with_a_gpu_no_time_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
