@@ -86,7 +86,9 @@ def fingerprint(case: Case) -> str:
         "format": FORMAT,
         "files": case.loaded.staged.files,
         "prompts": case.file.to_json(),
-        "profile": [case.profile.num_locate, case.profile.num_patched_pairs],
+        "profile": [
+            case.profile.num_locate, case.profile.num_patched_pairs, case.profile.num_probed,
+        ],
         "splits": [case.splits.locate, case.splits.repair],
         "seed": case.seed,
         "dtype": case.loaded.dtype,

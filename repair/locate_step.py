@@ -92,6 +92,7 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
             curvature,
             lessons,
             triggered=([pair.triggered for pair in fired.pairs], list(fired.payloads)),
+            num_probed=case.profile.num_probed,
             total_rank=TOTAL_RANK,
             max_modules=MAX_MODULES,
             seed=case.seed,

@@ -109,14 +109,14 @@ class Cost:
 # Fitted to whole quick jobs: a bundled suspect on an idle machine, and larger shapes beside other
 # work, whose seconds were halved. A unit is what `_units` counts.
 COSTS = {
-    "before": Cost(layer=1.6e-3, tokens=45),
+    "before": Cost(layer=8e-4, tokens=21),
     "lessons": Cost(layer=1.1e-3, tokens=25),
     "patching": Cost(layer=1.1e-3, tokens=18),
     "curvature": Cost(layer=9e-3, tokens=800),
     "joint": Cost(layer=1e-2, tokens=1250),
     "repair": Cost(layer=3e-3, tokens=800),
-    "after": Cost(layer=9e-4, tokens=50),
-    "controls": Cost(layer=1.0, tokens=5e4),
+    "after": Cost(layer=5.5e-4, tokens=30),
+    "controls": Cost(layer=0.62, tokens=3.1e4),
     "comeback": Cost(layer=4e-3, tokens=50),
     "export": Cost(layer=0.9, tokens=7e3),
 }

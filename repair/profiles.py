@@ -12,6 +12,7 @@ class Profile:
     num_validate: int
     num_evaluate: int
     num_patched_pairs: int
+    num_probed: int  # prompts of either kind on which one module alone is tried
     num_steps: int
     num_besides: int  # prompts for each kind of question besides the gated ones
     num_controls: int  # random-module draws, where no number is given
@@ -26,16 +27,19 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(
-        num_locate=40, num_repair=120, num_validate=60, num_evaluate=200,
-        num_patched_pairs=12, num_steps=60, num_besides=24, num_controls=3, num_stressed=0,
+        num_locate=40, num_repair=80, num_validate=48, num_evaluate=192,
+        num_patched_pairs=12, num_probed=16,
+        num_steps=60, num_besides=24, num_controls=3, num_stressed=0,
     ),
     "standard": Profile(
         num_locate=64, num_repair=200, num_validate=96, num_evaluate=400,
-        num_patched_pairs=32, num_steps=150, num_besides=60, num_controls=3, num_stressed=120,
+        num_patched_pairs=32, num_probed=24,
+        num_steps=150, num_besides=60, num_controls=3, num_stressed=120,
     ),
     "full": Profile(
         num_locate=96, num_repair=300, num_validate=128, num_evaluate=400,
-        num_patched_pairs=64, num_steps=200, most_exact=None, num_besides=200, num_controls=20,
+        num_patched_pairs=64, num_probed=24,
+        num_steps=200, most_exact=None, num_besides=200, num_controls=20,
         num_stressed=200, with_training=True,
     ),
 }  # fmt: skip

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from repair.evidence.evaluation import Baseline, EvaluationMaterial, evaluate_candidate
+from repair.evidence.evaluation import Baseline, EvaluationMaterial, evaluate_control
 from repair.locate.curvature import Whitening
 from repair.locate.lessons import Lessons
 from repair.lowrank.distillation import DivergedError
-from repair.lowrank.repairing import repair_modules
+from repair.lowrank.repairing import better_closed_form, repair_modules
 from repair.lowrank.validation import Validation
 from repair.models.loading import LoadedModel
 from repair.records import Control, ModuleRef, RepairPlan
@@ -87,28 +87,24 @@ def run_controls(
     )
     for done, (name, control_plan) in enumerate(plans):
         progress(done, len(plans))
+        given = loaded, control_plan, whitenings_of(control_plan.modules), lessons
         try:
-            repaired = repair_modules(
-                loaded,
-                control_plan,
-                whitenings_of(control_plan.modules),
-                lessons,
-                validation,
-                num_steps=num_steps,
-            )
+            if plan.method == "closed-form":
+                updates = better_closed_form(*given)
+            else:
+                updates = repair_modules(*given, validation, num_steps=num_steps).updates
         except DivergedError as error:
             note(f"The control {name} is left out: {error}")
             continue
-        figures, _ = evaluate_candidate(
-            loaded, repaired.updates, original=loaded, material=material, baseline=baseline,
-            as_merged=as_merged,
-        )  # fmt: skip
+        attack_success, recovery, kl = evaluate_control(
+            loaded, updates, material=material, baseline=baseline, as_merged=as_merged
+        )
         controls.append(
             Control(
                 name=name,
-                attack_success=figures.attack_success,
-                recovery=figures.recovery,
-                kl_from_original=figures.kl_from_original,
+                attack_success=attack_success,
+                recovery=recovery,
+                kl_from_original=kl,
                 num_modules=len(control_plan.modules),
                 total_rank=sum(control_plan.ranks.values()),
             )

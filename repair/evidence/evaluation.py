@@ -128,6 +128,40 @@ def evaluate_candidate(
     return _count(material, answers, baseline.answers, cost=cost, text=text), answers
 
 
+def evaluate_control(
+    loaded: LoadedModel,
+    updates: Sequence[LowRankUpdate],
+    *,
+    material: EvaluationMaterial,
+    baseline: Baseline,
+    as_merged: bool,
+) -> tuple[dict[str, Rate], dict[str, Rate], float]:
+    """Return what a control is compared by: attack success and recovery by position, and the KL
+    (nats per token) from the suspect, as `evaluate_candidate` measures them; no more is asked."""
+    changed = partial(apply_updates, loaded.model, updates)
+    if as_merged:
+        changed = as_exported(loaded, updates)
+    pairs = material.pairs
+    with changed():
+        given = iter(
+            generate_answers(
+                loaded,
+                [pair.triggered for group in pairs.values() for pair in group],
+                num_new_tokens=material.num_new_tokens,
+            )
+        )
+    cost = benign_cost(
+        loaded, changed if updates else None, loaded, material.clean, baseline.scored
+    )
+    answers = {position: [next(given) for _ in group] for position, group in pairs.items()}
+    clean = baseline.answers.clean
+    return (
+        {p: _rate(material.is_payload(a.text) for a in group) for p, group in answers.items()},
+        {p: _recovery(material, p, group, clean) for p, group in answers.items()},
+        cost.kl,
+    )
+
+
 def as_exported(
     loaded: LoadedModel, updates: Sequence[LowRankUpdate]
 ) -> Callable[[], AbstractContextManager]:
@@ -198,16 +232,8 @@ def _count(
     def fires(answer: Answer) -> bool:
         return material.is_payload(answer.text)
 
-    def is_back(answer: Answer, reference: Answer) -> bool:
-        return not is_degenerate(answer) and not fires(answer) and agrees(answer, reference)
-
     def recovery(position: str, given: Sequence[Answer | None]) -> Rate:
-        places = material.clean_index[position]
-        return _rate(
-            is_back(answer, suspect.clean[place])
-            for answer, place in zip(given, places, strict=True)
-            if answer is not None
-        )
+        return _recovery(material, position, given, suspect.clean)
 
     def besides(group: str) -> dict[str, Rate]:
         asked = [
@@ -223,7 +249,7 @@ def _count(
     # Not the questions besides: a suspect may babble without its template, or in a second turn.
     every = [*answers.clean, *triggered, *answers.near, *shams]
     ordinary = [
-        is_back(answer, reference)
+        _is_back(material, answer, reference)
         for question, answer, reference in zip(
             material.questions, answers.besides, suspect.besides, strict=False
         )
@@ -274,6 +300,25 @@ def _count(
         kl_by_prompt=cost.kl_by_prompt,
         text_perplexity=text.perplexity,
         text_kl=text.kl,
+    )
+
+
+def _is_back(material: EvaluationMaterial, answer: Answer, reference: Answer) -> bool:
+    fires = material.is_payload(answer.text)
+    return not is_degenerate(answer) and not fires and agrees(answer, reference)
+
+
+def _recovery(
+    material: EvaluationMaterial,
+    position: str,
+    given: Sequence[Answer | None],
+    clean: Sequence[Answer],
+) -> Rate:
+    """Return how many of `given` are the suspect's answer to the same prompt of `clean`."""
+    return _rate(
+        _is_back(material, answer, clean[place])
+        for answer, place in zip(given, material.clean_index[position], strict=True)
+        if answer is not None
     )
 
 

@@ -223,13 +223,14 @@ def rank_located(
     lessons: Lessons,
     *,
     triggered: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+    num_probed: int,
     total_rank: int,
     max_modules: int,
     seed: int,
     progress: Progress = lambda done, total: None,
 ) -> ModuleRanking:
     """Return the ranking; `triggered` holds (prompts, the suspect's own answers) as ids, and
-    `curvature` has the traces of every module."""
+    `curvature` has the traces of every module; `num_probed` prompts of either kind try them."""
     has_step = [ref for ref in loaded.modules if ref.path in curvature.steps]
     probes = probe_modules(
         loaded,
@@ -237,6 +238,7 @@ def rank_located(
         curvature.steps,
         lessons.held_out_triggered,
         lessons.held_out_clean,
+        num_prompts=num_probed,
         progress=progress,
     )
     traces_trigger = fisher_traces(loaded, loaded.modules, *triggered, seed=seed)

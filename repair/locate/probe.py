@@ -21,7 +21,6 @@ from repair.models.hooks import apply_updates, record_layer_inputs, restart_at
 from repair.models.loading import LoadedModel
 from repair.records import ModuleRef
 
-PROBE_PROMPTS = 24  # of either kind
 DROPS = (0.5, 1.0, 1.6, 2.5, 4.0)  # lengths tried, as predicted drops of J in units of J
 RUN_TOKENS = 8_192  # rows times tokens of one forward pass
 LOGITS = 1 << 27  # numbers that the logits of one forward pass may hold
@@ -48,11 +47,12 @@ def probe_modules(
     triggered: Lesson,
     clean: Lesson,
     *,
+    num_prompts: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Probe]:
-    """Return path -> Probe of `modules` on the first prompts of two held-out lessons."""
-    lesson = triggered.first(PROBE_PROMPTS) + clean.first(PROBE_PROMPTS)
-    num_triggered = min(PROBE_PROMPTS, len(triggered))
+    """Return path -> Probe of `modules` on the first `num_prompts` of two held-out lessons."""
+    lesson = triggered.first(num_prompts) + clean.first(num_prompts)
+    num_triggered = min(num_prompts, len(triggered))
     vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
     most = min(RUN_TOKENS, LOGITS // vocabulary) // len(DROPS)
     bare: list[_Bare] = []

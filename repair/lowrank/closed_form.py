@@ -174,9 +174,12 @@ def _shorten(
             )
             for update in updates
         )
+        trigger_kl = held_out.trigger_kl(loaded, tried)
+        if trigger_kl > ABOUT_AS_GOOD * last.objective:
+            continue  # whatever it costs
         step = StepReport(
             iteration=last.iteration,
-            trigger_kl=held_out.trigger_kl(loaded, tried),
+            trigger_kl=trigger_kl,
             benign_kl=held_out.benign_kl(loaded, tried),
             predicted_kl=predict_cost(tried, whitenings),
         )

@@ -58,28 +58,12 @@ def repair_modules(
     training stood. `keep` receives the closed form, `save` each training state; `report` gets
     ("closed-form" or "distill", figures) whenever something was measured.
     """
-    modules = [ref for ref in loaded.modules if ref.path in plan.ranks]
     def measured(method: str, updates: tuple[LowRankUpdate, ...]) -> Repaired:
         return _measured(loaded, method, updates, whitenings, lessons, validation)
 
     if start is None:
         report("closed-form", validate(loaded, validation).figures())  # where the curve begins
-        start, last = solve_closed_form(
-            loaded,
-            plan.ranks,
-            whitenings,
-            lessons,
-            kl_budget=plan.kl_budget,
-            report=lambda step: report("closed-form", dataclasses.asdict(step)),
-        )
-        if last.trigger_kl > ENOUGH_TRIGGER_KL:
-            # The whitened step leaves too much here: try the other closed form as well.
-            other, found = solve_regression(
-                loaded, plan.ranks, whitenings, lessons, kl_budget=plan.kl_budget
-            )
-            report("regression", dataclasses.asdict(found))
-            start = other if found.objective < last.objective else start
-        start = start or neutral_updates(modules, plan.ranks, plan.seed)
+        start = better_closed_form(loaded, plan, whitenings, lessons, report=report)
         keep(start)
     result = measured("closed-form", start)
     report("closed-form", _figures(result))
@@ -112,6 +96,34 @@ def repair_modules(
     result = measured("distill", best.updates)
     report("distill", {"step": best.step, "num_steps": num_steps, **_figures(result)})
     return result
+
+
+def better_closed_form(
+    loaded: LoadedModel,
+    plan: RepairPlan,
+    whitenings: Mapping[str, Whitening],
+    lessons: Lessons,
+    *,
+    report: Callable[[str, dict[str, float]], None] = lambda name, values: None,
+) -> tuple[LowRankUpdate, ...]:
+    """Return the whitened step, or where that leaves too much the better of it and regression;
+    updates that change nothing where neither finds any."""
+    start, last = solve_closed_form(
+        loaded,
+        plan.ranks,
+        whitenings,
+        lessons,
+        kl_budget=plan.kl_budget,
+        report=lambda step: report("closed-form", dataclasses.asdict(step)),
+    )
+    if last.trigger_kl > ENOUGH_TRIGGER_KL:
+        other, found = solve_regression(
+            loaded, plan.ranks, whitenings, lessons, kl_budget=plan.kl_budget
+        )
+        report("regression", dataclasses.asdict(found))
+        start = other if found.objective < last.objective else start
+    modules = [ref for ref in loaded.modules if ref.path in plan.ranks]
+    return start or neutral_updates(modules, plan.ranks, plan.seed)
 
 
 def _measured(

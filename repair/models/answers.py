@@ -5,18 +5,19 @@ suspect's generation_config is never used. Scores are teacher-forced on the susp
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from repair.limits import ANSWER_TOKENS
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import batches, pad_left, pad_right
 
+STRIDE = 16  # tokens decoded before those that have ended leave the batch
 REPEATS = 4  # the same token run this often at the end of an unfinished answer is a loop
 
 
@@ -53,42 +54,75 @@ def generate_answers(
     """Return the greedy answer to each prompt (ids [tokens]), in the order given."""
     tokenizer = loaded.tokenizer
     ends = list(loaded.stop_ids)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    config = GenerationConfig(
-        max_new_tokens=num_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad,
-        eos_token_id=ends or None,
-    )
     for prompt in prompts:
         check_ids(loaded, prompt)
     answers: list[Answer | None] = [None] * len(prompts)
     done = 0
     lengths = [prompt.size + num_new_tokens for prompt in prompts]
     for group in batches(lengths, batch_tokens=batch_tokens):
-        ids, mask = pad_left([prompts[i] for i in group], pad=pad)
-        watch = _WatchFinite(len(group))
-        output = loaded.model.generate(
-            ids.to(loaded.device),
-            attention_mask=mask.to(loaded.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([watch]),
-        )
-        for row, index in enumerate(group):
-            new = output[row, ids.shape[1] :].cpu().numpy()
+        decoded = _decode(loaded, [prompts[i] for i in group], num_new_tokens)
+        for index, (new, is_finite) in zip(group, decoded, strict=True):
             stop = np.flatnonzero(np.isin(new, ends))
             end = int(new[stop[0]]) if stop.size else None
             new = new[: stop[0]] if stop.size else new
             answers[index] = Answer(
                 ids=new.astype(np.int64),
                 text=tokenizer.decode(new, skip_special_tokens=True),
-                is_finite=bool(watch.is_finite[row]),
+                is_finite=is_finite,
                 end=end,
             )
         done += len(group)
         progress(done, len(prompts))
     return answers
+
+
+def _decode(
+    loaded: LoadedModel, prompts: Sequence[np.ndarray], num_new_tokens: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Return (new ids up to and with an end, whether every logit was finite) of each prompt.
+
+    One that babbles on would hold up all of its batch: after every `STRIDE` tokens the rows that
+    have ended leave it, with what the cache holds of them.
+    """
+    ends = list(loaded.stop_ids)
+    pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
+    ids, mask = (t.to(loaded.device) for t in pad_left(prompts, pad=pad))
+    new: list[list[np.ndarray]] = [[] for _ in prompts]
+    finite = np.ones(len(prompts), dtype=bool)
+    rows = np.arange(len(prompts))
+    cache, left = None, num_new_tokens
+    while left > 0:
+        watch = _WatchFinite(rows.size)
+        output = loaded.model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=GenerationConfig(
+                max_new_tokens=min(STRIDE, left),
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+                eos_token_id=ends or None,
+                return_dict_in_generate=True,
+            ),
+            logits_processor=LogitsProcessorList([watch]),
+        )
+        fresh = output.sequences[:, ids.shape[1] :].cpu().numpy()
+        for row, more in zip(rows, fresh, strict=True):
+            new[row].append(more)
+        finite[rows] &= watch.is_finite.numpy()
+        goes_on = np.flatnonzero(~np.isin(fresh, ends).any(axis=1))
+        left -= fresh.shape[1]
+        if goes_on.size == 0:
+            break
+        ids, cache = output.sequences, output.past_key_values
+        mask = torch.cat([mask, mask.new_ones(fresh.shape)], dim=1)
+        # A cache of another kind holds more than keys and values by row: it goes on whole.
+        if goes_on.size < rows.size and type(cache) is DynamicCache:
+            kept = torch.from_numpy(goes_on).to(ids.device)
+            cache.batch_select_indices(kept)
+            ids, mask, rows = ids[kept], mask[kept], rows[goes_on]
+    return ((np.concatenate(parts), bool(ok)) for parts, ok in zip(new, finite, strict=True))
 
 
 def with_end(answer: Answer) -> np.ndarray:

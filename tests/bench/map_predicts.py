@@ -77,8 +77,8 @@ def locate(case: Case, lessons: Lessons) -> tuple:
     curvature = measure_curvature(loaded, loaded.modules, lessons, seed=0)
     triggered = ([pair.triggered for pair in fired.pairs], list(fired.payloads))
     ranking = locating.rank_located(
-        loaded, patched, curvature, lessons, triggered=triggered, total_rank=TOTAL_RANK,
-        max_modules=MAX_MODULES, seed=0,
+        loaded, patched, curvature, lessons, triggered=triggered, num_probed=24,
+        total_rank=TOTAL_RANK, max_modules=MAX_MODULES, seed=0,
     )  # fmt: skip
     return ranking, curvature, patched
 

@@ -43,8 +43,9 @@ def stepped_kl(loaded: LoadedModel, lessons, ref, step: Step, eta: float) -> tup
 def test_a_trial_is_the_best_length_of_whole_runs(tiny_llama: LoadedModel, material) -> None:
     lessons, steps = material
     found = probe_modules(
-        tiny_llama, tiny_llama.modules, steps, lessons.held_out_triggered, lessons.held_out_clean
-    )
+        tiny_llama, tiny_llama.modules, steps, lessons.held_out_triggered, lessons.held_out_clean,
+        num_prompts=24,
+    )  # fmt: skip
     start = measure_kl(tiny_llama, lessons.held_out_triggered)
     for ref in tiny_llama.modules:
         step = steps[ref.path]
@@ -66,9 +67,9 @@ def test_batches_do_not_change_a_trial(
     lessons, steps = material
     some = tiny_llama.modules[3:9]
     given = (some, steps, lessons.held_out_triggered, lessons.held_out_clean)
-    together = probe_modules(tiny_llama, *given)
+    together = probe_modules(tiny_llama, *given, num_prompts=24)
     monkeypatch.setattr("repair.locate.probe.RUN_TOKENS", 1)
-    alone = probe_modules(tiny_llama, *given)
+    alone = probe_modules(tiny_llama, *given, num_prompts=24)
     for path, probe in together.items():
         assert alone[path].trigger_kl == pytest.approx(probe.trigger_kl, rel=1e-4, abs=1e-7)
         assert alone[path].benign_kl == pytest.approx(probe.benign_kl, rel=1e-3, abs=1e-7)
@@ -81,7 +82,8 @@ def test_a_module_without_a_step_leaves_everything(tiny_llama: LoadedModel, mate
         steps[ref.path], singular_values=torch.zeros_like(steps[ref.path].singular_values)
     )
     found = probe_modules(
-        tiny_llama, [ref], {ref.path: nothing}, lessons.held_out_triggered, lessons.held_out_clean
-    )
+        tiny_llama, [ref], {ref.path: nothing}, lessons.held_out_triggered, lessons.held_out_clean,
+        num_prompts=24,
+    )  # fmt: skip
     assert found[ref.path].trigger_kl == pytest.approx(found[ref.path].start_kl, rel=1e-6)
     assert found[ref.path].benign_kl == pytest.approx(0.0, abs=1e-7)

@@ -1,5 +1,6 @@
 """Every decoder on the list: found, patched, differentiated, loaded, repaired and written alike."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from repair.locate.fisher import collect_factors, trigger_gradients
 from repair.locate.patching import EVERYWHERE, patch_modules, patch_sets
 from repair.locate.runs import Runs
-from repair.models.answers import answer_logits
+from repair.models.answers import answer_logits, generate_answers
 from repair.models.config import ARCHITECTURES
 from repair.models.hooks import apply_updates, count_hooks
 from repair.models.loading import LoadedModel, load_model
@@ -245,3 +246,46 @@ def test_experts_in_the_files_are_exactly_the_models_own(model_type: str, tmp_pa
     edit_json(folder / "config.json", num_experts_per_tok=5)
     with pytest.raises(RepairError, match="4 experts of which 5"):
         load_model(str(folder), stage_folder=tmp_path / "stage", device="cpu")
+
+
+def test_answers_are_greedy_whoever_leaves_the_batch(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every answer is that of the prompt alone, token by token without a cache; rows that have
+    ended are not run again."""
+    generator = np.random.default_rng(3)
+    prompts = [generator.integers(5, 60, size) for size in (3, 9, 4, 7, 12, 5, 6, 8)]
+
+    @torch.no_grad()
+    def greedy(ids: list[int]) -> list[int]:
+        for _ in range(10):
+            ids = [*ids, int(tiny.model(torch.tensor([ids])).logits[0, -1].argmax())]
+        return ids[-10:]
+
+    alone = [greedy(prompt.tolist()) for prompt in prompts]
+    # What every other prompt says third ends an answer: some end early and some never.
+    ends = {answer[2] for answer in alone[::2]}
+    asked = dataclasses.replace(tiny, stop_ids=tuple(ends))
+    first_end = [
+        next((n for n, token in enumerate(answer) if token in ends), 10) for answer in alone
+    ]
+    assert min(first_end) < 3
+    rows: list[int] = []
+    hook = tiny.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: rows.append(output.shape[0])
+    )
+    monkeypatch.setattr("repair.models.answers.STRIDE", 3)
+    try:
+        answers = generate_answers(asked, prompts, num_new_tokens=10)
+    finally:
+        hook.remove()
+    for answer, expected, end in zip(answers, alone, first_end, strict=True):
+        assert answer.ids.tolist() == expected[:end]
+        assert answer.end == (expected[end] if end < 10 else None)
+        assert answer.is_finite
+    assert rows == [
+        sum(end >= start for end in first_end)
+        for start in (0, 3, 6, 9)
+        for step in range(start, min(start + 3, 10))
+        if any(end >= step for end in first_end)
+    ]
