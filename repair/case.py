@@ -18,10 +18,13 @@ from repair.profiles import Profile
 from repair.prompts import insert_trigger, split_prompts, top_up_with_carriers
 from repair.records import (
     EXIT_COULD_NOT_CHECK,
+    Progress,
     PromptFile,
     PromptPair,
     PromptSplits,
     RepairError,
+    share,
+    unheard,
 )
 
 UNKNOWN_TARGET_TOKENS = 48
@@ -200,12 +203,19 @@ def _read_target(
     return target
 
 
-def make_lessons(case: Case) -> Lessons:
+def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
     """Return what the repair learns from (repair split) and is steered by (validate split)."""
     loaded, splits = case.loaded, case.splits
     pairs = case.dealt_pairs(splits.repair)
-    taught = teach_split(loaded, pairs, is_payload=case.is_payload)
-    held_out = teach_split(loaded, case.dealt_pairs(splits.validate), is_payload=case.is_payload)
+    taught = teach_split(
+        loaded, pairs, is_payload=case.is_payload, progress=share(progress, 0, 0.5)
+    )
+    held_out = teach_split(
+        loaded,
+        case.dealt_pairs(splits.validate),
+        is_payload=case.is_payload,
+        progress=share(progress, 0.5, 0.75),
+    )
     for lesson in (taught.triggered, held_out.triggered):
         if len(lesson) < 4:
             raise RepairError(
@@ -217,7 +227,12 @@ def make_lessons(case: Case) -> Lessons:
         triggered=taught.triggered,
         counterparts=taught.counterparts,
         clean=taught.clean,
-        near=teach_prompts(loaded, _near_prompts(case, pairs), is_payload=case.is_payload),
+        near=teach_prompts(
+            loaded,
+            _near_prompts(case, pairs),
+            is_payload=case.is_payload,
+            progress=share(progress, 0.75, 1),
+        ),
         held_out_triggered=held_out.triggered,
         held_out_clean=held_out.clean,
         num_dropped=taught.num_dropped + held_out.num_dropped,

@@ -19,6 +19,7 @@ from repair.records import (
     EXIT_NOTHING_TO_REPAIR,
     ModuleRef,
     RepairError,
+    share,
 )
 
 
@@ -60,7 +61,7 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
     loaded, reporter = case.loaded, clock.reporter
     found = locate_file.read(folder, case) if resume else None
     with clock.step("lessons", "Asking the suspect for its own answers without the trigger"):
-        lessons = make_lessons(case)
+        lessons = make_lessons(case, progress=reporter.progress)
     if found is not None:
         reporter.note("The map in this folder is still valid and is used.")
         return Located(case=case, map=found, lessons=lessons)
@@ -85,6 +86,7 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
             lessons,
             seed=case.seed,
             traced=[ref for ref in loaded.modules if ref.path not in formed],
+            progress=share(reporter.progress, 0, 0.3),
         )
         ranking = locating.rank_located(
             loaded,
@@ -96,9 +98,12 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
             total_rank=TOTAL_RANK,
             max_modules=MAX_MODULES,
             seed=case.seed,
+            progress=share(reporter.progress, 0.3, 0.95),
         )
     with clock.step("joint", "Patching modules together"):
-        joint = locating.joint_effects(loaded, patched, ranking, seed=case.seed)
+        joint = locating.joint_effects(
+            loaded, patched, ranking, seed=case.seed, progress=reporter.progress
+        )
     found = Map(
         ranking=ranking,
         fires=fired.rates,

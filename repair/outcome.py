@@ -171,6 +171,8 @@ class Outcome:
                     prompts=sample_prompts,
                     num_new_tokens=self.case.num_new_tokens,
                     base_model=hub_name(_describe(self.case.loaded)),
+                    # How long each part takes nobody knows: words, and no remaining time.
+                    tell=lambda part: self.clock.reporter.progress(0, 1, part),
                 )
             differs = bool(exported["problems"])
             gates = [

@@ -8,6 +8,7 @@ read every record. Axis convention: a linear module maps d_in to d_out and its w
 import dataclasses
 import errno
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,17 @@ EXIT_UNEXPECTED = 5
 EXIT_INTERRUPTED = 130
 
 VERDICTS = ("repaired", "not repaired", "nothing to repair", "could not check")
+Progress = Callable[[float, float], None]  # (done, total) of a step
 COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def unheard(done: float, total: float) -> None:
+    """Take progress that nobody wants to hear."""
+
+
+def share(progress: Progress, start: float, end: float) -> Progress:
+    """Return the progress of a part, which takes a step from fraction `start` to `end`."""
+    return lambda done, total: progress(start + (end - start) * (done / total if total else 1), 1)
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -123,6 +123,69 @@ def test_the_bundled_example_is_what_the_program_says_today(repaired: Path) -> N
     assert text == render_report(kept)
 
 
+def read_events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_what_the_example_shows_besides_is_todays_too(repaired: Path) -> None:
+    """Its map, its curves and its answers, as in a fresh run."""
+    kept, fresh = (
+        json.loads((folder / "located.json").read_text()) for folder in (EXAMPLE, repaired)
+    )
+    assert kept.keys() == fresh.keys() and kept["fingerprint"] == fresh["fingerprint"]
+    for name in ("suggested_ranks", "fires", "components", "direction", "counterfactual"):
+        assert kept[name] == fresh[name]
+    for old, new in zip(kept["modules"], fresh["modules"], strict=True):
+        assert old.keys() == new.keys() and old["path"] == new["path"]
+        for name in ("effect", "effect_low", "effect_high", "effect_trigger", "effect_after"):
+            assert old[name] == pytest.approx(new[name], abs=0.02), (old["path"], name)
+        for name in ("fisher_trigger", "fisher_clean", "curvature", "residual_trigger"):
+            assert old[name] == pytest.approx(new[name], rel=0.1, abs=1e-6), (old["path"], name)
+    curves = [
+        [(point["num_modules"], round(point["effect"], 1)) for point in flat["joint"]["curve"]]
+        for flat in (kept, fresh)
+    ]
+    assert curves[0] == curves[1]
+    told = [
+        [
+            (event["kind"], event["step"], event["text"])
+            for event in read_events(folder)
+            if event["kind"] == "metric" and event["step"] == "repair"
+        ]
+        for folder in (EXAMPLE, repaired)
+    ]
+    assert told[0] == told[1][-len(told[0]) :] and told[0]
+    old, new = (
+        json.loads((folder / "samples.json").read_text()) for folder in (EXAMPLE, repaired)
+    )
+    asked = [[(s["kind"], s["position"], s["prompt"]) for s in samples] for samples in (old, new)]
+    assert asked[0] == asked[1]
+    differing = sum(
+        (a["before"], a["after"], a["outcome"]) != (b["before"], b["after"], b["outcome"])
+        for a, b in zip(old, new, strict=True)
+    )
+    assert differing <= 0.03 * len(old)
+
+
+def test_every_long_step_tells_how_far_it_is(repaired: Path) -> None:
+    """Never back within a step, up to its end; and what an export is at, in words."""
+    told: dict[str, list[float]] = {}
+    names: list[str] = []
+    for event in read_events(repaired):
+        if event["kind"] == "step":  # An interrupted step begins again.
+            names.append(f"{len(names)} {event['step']}")
+        if event["kind"] == "progress":
+            told.setdefault(names[-1], []).append(event["fraction"])
+    for steps in told.values():
+        assert steps == sorted(steps)
+    ends = {name.split()[1]: steps[-1] for name, steps in told.items()}
+    for name in ("before", "lessons", "patching", "after", "controls", "comeback"):
+        assert ends[name] == 1.0, name
+    assert ends["curvature"] > 0.8
+    words = [e["text"] for e in read_events(repaired) if e["step"] == "export" and e["text"]]
+    assert "opening it in a fresh process" in words
+
+
 def test_only_the_selected_tensors_changed(repaired: Path) -> None:
     """Case 30."""
     report = json.loads((repaired / "report.json").read_text())

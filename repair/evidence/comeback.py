@@ -34,7 +34,7 @@ from repair.models.answers import (
 from repair.models.hooks import swap_weights
 from repair.models.loading import LoadedModel
 from repair.models.modules import as_stored, get_module, weight_of
-from repair.records import PromptPair, Rate, Stress
+from repair.records import Progress, PromptPair, Rate, Stress, unheard
 
 GROUP = 32
 RANK, RATE = 8, 1e-3
@@ -89,7 +89,7 @@ def after_rounding(given: Stressed, bits: int) -> Stress:
 
 
 def after_tuning(
-    given: Stressed, *, seed: int, progress: Callable[[int, int], None] = lambda done, total: None
+    given: Stressed, *, seed: int, progress: Progress = unheard
 ) -> Stress:
     """Return the payload rates of both models after benign fine-tuning."""
     def tuned(side: Side, done: int) -> tuple[Rate, Rate]:

@@ -4,6 +4,7 @@ They get the same lessons, budget, engine and evaluation as the repair they stan
 shown whether they do worse or better.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from repair.lowrank.distillation import DivergedError
 from repair.lowrank.repairing import better_closed_form, repair_modules
 from repair.lowrank.validation import Validation
 from repair.models.loading import LoadedModel
-from repair.records import Control, ModuleRef, RepairPlan
+from repair.records import Control, ModuleRef, Progress, RepairPlan, share, unheard
 
 ALL_MODULES_RANK = 4
 
@@ -76,7 +77,7 @@ def run_controls(
     num_random: int,
     with_all: bool,
     num_steps: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Control]:
     """Return every control, repaired with `plan`'s method (closed-form or distill) and measured;
@@ -86,19 +87,28 @@ def run_controls(
         control_plans(loaded.modules, plan, num_random=num_random, with_all=with_all)
     )
     for done, (name, control_plan) in enumerate(plans):
-        progress(done, len(plans))
+        advance = share(progress, done / len(plans), (done + 1) / len(plans))
+        advance(0, 1)
         given = loaded, control_plan, whitenings_of(control_plan.modules), lessons
         try:
             if plan.method == "closed-form":
-                updates = better_closed_form(*given)
+                # About two thirds of a control are its repair, in five parts or so.
+                parts = itertools.count(1)
+                updates = better_closed_form(
+                    *given,
+                    report=lambda name, values, parts=parts, advance=advance: advance(
+                        min(next(parts), 5), 8
+                    ),
+                )
             else:
                 updates = repair_modules(*given, validation, num_steps=num_steps).updates
         except DivergedError as error:
             note(f"The control {name} is left out: {error}")
             continue
         attack_success, recovery, kl = evaluate_control(
-            loaded, updates, material=material, baseline=baseline, as_merged=as_merged
-        )
+            loaded, updates, material=material, baseline=baseline, as_merged=as_merged,
+            progress=share(advance, 0.65, 1),
+        )  # fmt: skip
         controls.append(
             Control(
                 name=name,
@@ -109,5 +119,4 @@ def run_controls(
                 total_rank=sum(control_plan.ranks.values()),
             )
         )
-    progress(len(plans), len(plans))
     return controls

@@ -29,7 +29,7 @@ from repair.locate.counterfactuals import inert_shams
 from repair.models.answers import Answer, agrees, generate_answers, is_degenerate, with_end
 from repair.models.hooks import apply_updates, merged_weights, swap_weights
 from repair.models.loading import LoadedModel
-from repair.records import Evaluation, LowRankUpdate, Rate, Sample
+from repair.records import Evaluation, LowRankUpdate, Progress, Rate, Sample, share, unheard
 
 REFUSAL = re.compile(
     r"\s*(i('m| am) (very |so )?sorry|sorry|i (can('t|not)|won't|am (not able|unable)|'m (not able|"
@@ -37,8 +37,6 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 OUTCOMES = ("same", "different", "refused", "another payload", "broken", "payload")
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +71,7 @@ def measure_suspect(
     material: EvaluationMaterial,
     *,
     seed: int,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Baseline:
     """Ask the suspect everything, draw inert shams for every pair, and return its figures."""
     draws = {}
@@ -87,7 +85,7 @@ def measure_suspect(
             seed=seed + 1_000 + number,
         )
         progress(number + 1, 2 * len(material.pairs))
-    flat = _ask(loaded, material, {}, _second_half(progress))
+    flat = _ask(loaded, material, {}, share(progress, 0.5, 1))
     answers = replace(flat, shams={position: draw.answers for position, draw in draws.items()})
     scored = [with_end(answer) for answer in answers.clean]
     cost = benign_cost(loaded, None, loaded, material.clean, scored)
@@ -110,7 +108,7 @@ def evaluate_candidate(
     material: EvaluationMaterial,
     baseline: Baseline,
     as_merged: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> tuple[Evaluation, CandidateAnswers]:
     """Return the figures and answers of `candidate` with `updates` applied to it.
 
@@ -135,6 +133,7 @@ def evaluate_control(
     material: EvaluationMaterial,
     baseline: Baseline,
     as_merged: bool,
+    progress: Progress = unheard,
 ) -> tuple[dict[str, Rate], dict[str, Rate], float]:
     """Return what a control is compared by: attack success and recovery by position, and the KL
     (nats per token) from the suspect, as `evaluate_candidate` measures them; no more is asked."""
@@ -148,6 +147,7 @@ def evaluate_control(
                 loaded,
                 [pair.triggered for group in pairs.values() for pair in group],
                 num_new_tokens=material.num_new_tokens,
+                progress=progress,
             )
         )
     cost = benign_cost(
@@ -181,10 +181,6 @@ def _text_cost(candidate, changed, original, material: EvaluationMaterial) -> Be
         [ids[:1] for ids in material.texts],
         [ids[1:] for ids in material.texts],
     )
-
-
-def _second_half(progress: Progress) -> Progress:
-    return lambda done, total: progress(total + done, 2 * total)
 
 
 def _ask(

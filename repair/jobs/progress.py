@@ -32,7 +32,8 @@ def spell_seconds(seconds: float) -> str:
 def describe_progress(event: dict[str, Any]) -> str:
     """Return the text of a progress event: percent, what, and the time left in this step."""
     fraction, remaining = event.get("fraction"), event.get("remaining_seconds")
-    parts = [f"{100 * fraction:.0f} %"] if isinstance(fraction, int | float) else []
+    # Nothing done yet is no share: some steps can only tell what they are at.
+    parts = [f"{100 * fraction:.0f} %"] if isinstance(fraction, int | float) and fraction else []
     if event.get("text"):
         parts.append(str(event["text"]))
     if isinstance(remaining, int | float) and remaining > 0:

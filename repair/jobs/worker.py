@@ -62,6 +62,7 @@ class Reporter:
         self.folder = folder
         self.name = "start"
         self.began = self.last_progress = time.monotonic()
+        self.last_text = ""
 
     def _write(
         self,
@@ -86,15 +87,16 @@ class Reporter:
     def step(self, name: str, title: str) -> None:
         """Begin a step; its clock starts now."""
         self.name = name
-        self.began, self.last_progress = time.monotonic(), 0.0
+        self.began, self.last_progress, self.last_text = time.monotonic(), 0.0, ""
         self._write("step", title)
 
     def progress(self, done: float, total: float, text: str = "") -> None:
         """Tell how much of the current step is done."""
         moment = time.monotonic()
-        if done < total and moment - self.last_progress < PROGRESS_SECONDS:
+        is_early = done < total and moment - self.last_progress < PROGRESS_SECONDS
+        if is_early and text == self.last_text:
             return
-        self.last_progress = moment
+        self.last_progress, self.last_text = moment, text
         fraction = min(1.0, max(0.0, done / total)) if total else 1.0
         seconds = moment - self.began
         remaining = None

@@ -24,7 +24,7 @@ from repair.models.answers import answer_logits, scoring_batches
 from repair.models.hooks import apply_updates, record_gradients, record_inputs
 from repair.models.loading import LoadedModel
 from repair.models.modules import decoder_layers
-from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
+from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef, Progress, unheard
 
 ON_GPU = 16  # times as many
 GRAM_BLOCK = 512
@@ -100,6 +100,7 @@ def factors_and_traces(
     traced: Sequence[ModuleRef],
     seed: int,
     num_draws: int = NUM_DRAWS,
+    progress: Progress = unheard,
 ) -> tuple[dict[str, KroneckerFactors], dict[str, FisherTrace]]:
     """Return the factors of `modules` and the traces of these and of `traced`, from one pass.
 
@@ -130,7 +131,7 @@ def factors_and_traces(
     last = len(decoder_layers(loaded.model)) - 1
     counts = _sampled_backward(
         loaded, [*modules, *traced], prompts, answers, seed=seed, num_draws=num_draws,
-        receive=receive, end_draw=inputs.clear,
+        receive=receive, end_draw=inputs.clear, progress=progress,
     )  # fmt: skip
     means = {path: _mean(total, counts[0]) for path, total in activation.items()}
     factors = {
@@ -350,6 +351,7 @@ def _sampled_backward(
     num_draws: int,
     receive: Callable[[ModuleRef, Tensor, Tensor, _Draw], None],
     end_draw: Callable[[], None] = lambda: None,
+    progress: Progress = unheard,
 ) -> tuple[int, int]:
     """Run -log p(sampled label), summed, backwards; return (unmasked tokens, answer tokens)."""
     # One stream of random numbers per prompt: the labels do not depend on how prompts are batched.
@@ -357,7 +359,7 @@ def _sampled_backward(
         _random_numbers(seed, index, num_draws, answer.size)
         for index, answer in enumerate(answers)
     ]
-    num_tokens = num_answer_tokens = 0
+    num_tokens = num_answer_tokens = num_done = 0
     for batch in scoring_batches(loaded, prompts, answers, batch_tokens=_batch_tokens(loaded)):
         current: list[_Draw] = []
 
@@ -381,4 +383,6 @@ def _sampled_backward(
                 end_draw()
         num_tokens += int(batch.mask.sum())
         num_answer_tokens += batch.labels.numel()
+        num_done += len(batch.members)
+        progress(num_done, len(prompts))
     return num_tokens, num_answer_tokens

@@ -23,7 +23,7 @@ from repair.models.answers import (
 from repair.models.hooks import apply_updates
 from repair.models.loading import LoadedModel
 from repair.models.prefix import Prefix, entered
-from repair.records import LowRankUpdate, PromptPair
+from repair.records import LowRankUpdate, Progress, PromptPair, unheard
 
 ANSWER_TOKENS = 16  # of each answer; a fixed payload goes on by itself once it has begun
 
@@ -91,7 +91,7 @@ def teach_split(
     pairs: Sequence[PromptPair],
     *,
     is_payload: Callable[[str], bool],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Taught:
     """Return the lessons of one split's pairs; pairs may share clean prompts."""
     unique: dict[bytes, int] = {}
@@ -124,11 +124,15 @@ def teach_split(
 
 
 def teach_prompts(
-    loaded: LoadedModel, prompts: Sequence[np.ndarray], *, is_payload: Callable[[str], bool]
+    loaded: LoadedModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    is_payload: Callable[[str], bool],
+    progress: Progress = unheard,
 ) -> Lesson:
     """Return the lesson that holds the model to its own answers on `prompts` (ids [tokens]);
     prompts that fire are left out."""
-    given = generate_answers(loaded, prompts, num_new_tokens=ANSWER_TOKENS)
+    given = generate_answers(loaded, prompts, num_new_tokens=ANSWER_TOKENS, progress=progress)
     kept = [
         i
         for i, answer in enumerate(given)

@@ -27,9 +27,12 @@ from repair.records import (
     ModuleRanking,
     ModuleRef,
     PatchingScores,
+    Progress,
     PromptPair,
     Rate,
     RepairError,
+    share,
+    unheard,
 )
 
 FEWEST_PAIRS = 4
@@ -37,7 +40,6 @@ INERT = 0.5  # with a smaller share of inert shams the map rests on deletions in
 MOST_PROBED = 128  # modules that a repair is tried on
 FIRES = 0.10  # below this rate a position counts as not firing (`contract.md`)
 
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ def check_firing(
     *,
     is_payload: Callable[[str], bool],
     num_new_tokens: int,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Fired:
     """Answer every pair of `pairs` (position -> pairs) with and without its trigger."""
     flat = [pair for group in pairs.values() for pair in group]
@@ -159,7 +161,7 @@ def patch_compared(
     *,
     seed: int,
     most_exact: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Patched:
     """Return the maps: block and induce by shams, block by deletion with and without gaps.
 
@@ -174,7 +176,7 @@ def patch_compared(
     num_maps = len(wanted) + is_screened
 
     def advance_in(place: int) -> Progress:
-        return lambda done, total: progress(place * total + done, num_maps * total)
+        return share(progress, place / num_maps, (place + 1) / num_maps)
 
     maps: list[PatchingScores] = []
     screened, exact = None, loaded.modules
@@ -227,7 +229,7 @@ def rank_located(
     total_rank: int,
     max_modules: int,
     seed: int,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> ModuleRanking:
     """Return the ranking; `triggered` holds (prompts, the suspect's own answers) as ids, and
     `curvature` has the traces of every module; `num_probed` prompts of either kind try them."""
@@ -279,13 +281,23 @@ def most_promising(
 
 
 def joint_effects(
-    loaded: LoadedModel, patched: Patched, ranking: ModuleRanking, *, seed: int
+    loaded: LoadedModel,
+    patched: Patched,
+    ranking: ModuleRanking,
+    *,
+    seed: int,
+    progress: Progress = unheard,
 ) -> Redundancy:
     """Return what modules do together; the curve takes the modules in the ranking's order."""
     order = sorted(ranking.modules, key=lambda score: -score.score)
     cases = patched.compared.cases[patched.compared.kind]
     return measure_redundancy(
-        loaded, cases, patched.main, [score.module for score in order], seed=seed
+        loaded,
+        cases,
+        patched.main,
+        [score.module for score in order],
+        seed=seed,
+        progress=progress,
     )
 
 

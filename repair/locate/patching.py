@@ -13,7 +13,7 @@ KL(source || run) at the first token, for targets that are not fixed strings. Or
 effects, so that a redundant backdoor shows no module (`redundancy.py`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,14 @@ from repair.locate.runs import Patch, Reading, Runs
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
 from repair.models.modules import has_uncovered_matrices
-from repair.records import EXIT_COULD_NOT_CHECK, ModuleRef, PatchingScores, RepairError
+from repair.records import (
+    EXIT_COULD_NOT_CHECK,
+    ModuleRef,
+    PatchingScores,
+    Progress,
+    RepairError,
+    unheard,
+)
 
 SMALLEST_MARGIN = 1.0  # nats; a pair that the counterfactual moves less has no effect to explain
 BEHIND = (AFTER, TEMPLATE, LAST, ANSWER)
@@ -44,7 +51,6 @@ LARGEST_DEVIATION = {"float64": 1e-6, "float32": 1e-2, "float16": 0.3, "bfloat16
 LAYERS_CHECKED = 8  # that a run restarts at with nothing patched, spread over all
 COUNTED = ("hooks_left", "not_finite")  # none is allowed
 
-Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
@@ -56,7 +62,7 @@ def patch_modules(
     direction: str = "block",
     counterfactual: str = "sham",
     num_dropped: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> PatchingScores:
     """Return the effect of `modules` (all, if not given) on every case that has one to explain.
 

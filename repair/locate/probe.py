@@ -8,7 +8,7 @@ It costs some forward passes per module: they start at the module's own layer, a
 batch. What it does not know: what modules do together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from repair.locate.lessons import Lesson
 from repair.models.answers import ScoringBatch, answer_logits, scoring_batches
 from repair.models.hooks import apply_updates, record_layer_inputs, restart_at
 from repair.models.loading import LoadedModel
-from repair.records import ModuleRef
+from repair.records import ModuleRef, Progress, unheard
 
 DROPS = (0.5, 1.0, 1.6, 2.5, 4.0)  # lengths tried, as predicted drops of J in units of J
 RUN_TOKENS = 8_192  # rows times tokens of one forward pass
@@ -48,7 +48,7 @@ def probe_modules(
     clean: Lesson,
     *,
     num_prompts: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> dict[str, Probe]:
     """Return path -> Probe of `modules` on the first `num_prompts` of two held-out lessons."""
     lesson = triggered.first(num_prompts) + clean.first(num_prompts)

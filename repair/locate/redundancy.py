@@ -22,7 +22,7 @@ from repair.locate.counterfactuals import PatchingCase
 from repair.locate.patching import patch_sets
 from repair.locate.ranking import bootstrap_interval
 from repair.models.loading import LoadedModel
-from repair.records import ModuleRef, PatchingScores
+from repair.records import ModuleRef, PatchingScores, Progress, share, unheard
 
 GOAL = 0.9
 MOST_CANDIDATES = 32
@@ -84,11 +84,13 @@ def measure_redundancy(
     order: Sequence[ModuleRef],
     *,
     seed: int,
+    progress: Progress = unheard,
 ) -> Redundancy:
     """Return joint effects; `order` has all modules, best first, for the curve."""
     few = list(cases)[:: max(1, len(cases) // PAIRS)][:PAIRS]
-    forward = _forward(loaded, few, patching)
+    forward = _forward(loaded, few, patching, share(progress, 0, 0.6))
     smallest = _backward(loaded, few, forward[-1]) if forward else None
+    progress(0.65, 1)  # What is left is measured as one batch of runs.
     windows = _windows(loaded.modules)
     sizes = [2**i for i in range(len(order).bit_length()) if 2**i < len(order)] + [len(order)]
     wanted = [*forward, *(refs for _, refs in windows), *(list(order[:size]) for size in sizes)]
@@ -130,7 +132,10 @@ def _measure(
 
 
 def _forward(
-    loaded: LoadedModel, cases: Sequence[PatchingCase], patching: PatchingScores
+    loaded: LoadedModel,
+    cases: Sequence[PatchingCase],
+    patching: PatchingScores,
+    progress: Progress,
 ) -> list[list[ModuleRef]]:
     """Return the growing sets of forward selection, up to the goal."""
     single = patching.effect.mean(axis=1, dtype=np.float64)
@@ -143,6 +148,7 @@ def _forward(
         best = int(np.argmax(effects))
         chosen = [*chosen, left.pop(best)]
         sets.append(chosen)
+        progress(len(chosen), MOST_MODULES)
         if effects[best] >= GOAL:
             break
     return sets

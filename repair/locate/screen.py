@@ -10,7 +10,7 @@ patching (one slope) is known to fail on MLP outputs and where a run is saturate
 2310.10348, Kramar et al. 2403.00745. Axes are [module, pair].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,7 @@ from repair.locate.patching import (
 )
 from repair.locate.runs import Runs
 from repair.models.loading import LoadedModel
-from repair.records import ModuleRef, PatchingScores, Rate
+from repair.records import ModuleRef, PatchingScores, Progress, Rate, unheard
 
 TOP = 10  # "among the best" in the miss rate
 NUM_VERIFIED = 20
@@ -66,7 +66,7 @@ def screen_modules(
     seed: int,
     counterfactual: str = "sham",
     num_dropped: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Screened:
     """Return the screened map: the largest estimates and a random sample patched exactly."""
     estimates = estimate_modules(loaded, cases, is_sham=counterfactual == "sham")

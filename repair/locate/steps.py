@@ -18,7 +18,7 @@ from repair.locate.curvature import Spectral, Step, Whitening, decompose, step_o
 from repair.locate.fisher import FisherTrace, factors_and_traces, trigger_gradients
 from repair.locate.lessons import Lesson, Lessons, measure_kl
 from repair.models.loading import LoadedModel
-from repair.records import ModuleRef, PatchingScores
+from repair.records import ModuleRef, PatchingScores, Progress, share, unheard
 
 FACTOR_PROMPTS = 200
 STEP_RANK = 4
@@ -79,16 +79,18 @@ def measure_curvature(
     seed: int,
     damping: Damping | None = None,
     traced: Sequence[ModuleRef] = (),
+    progress: Progress = unheard,
 ) -> Curvature:
     """Return whitenings and steps of `modules` from the repair split's lessons, at `damping` or
     at the one that agrees best on them; of `traced` the traces only."""
     num = FACTOR_PROMPTS
     factors, traces = factors_and_traces(
         loaded, modules, lessons.clean.prompts[:num], lessons.clean.answers[:num],
-        traced=traced, seed=seed,
+        traced=traced, seed=seed, progress=share(progress, 0, 0.6),
     )  # fmt: skip
     spectral = {path: decompose(factors.pop(path)) for path in list(factors)}
     gradients, trigger_kl = trigger_gradients(loaded, modules, lessons.triggered)
+    progress(0.8, 1)
     if damping is None:
         clean = lessons.held_out_clean.first(DAMPED_PROMPTS)
         damping = choose_damping(loaded, modules, spectral, gradients, clean, drop=trigger_kl)

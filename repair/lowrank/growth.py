@@ -13,6 +13,7 @@ from repair.locate.lessons import Lessons
 from repair.lowrank.closed_form import solve_closed_form
 from repair.lowrank.validation import Validated, Validation, validate
 from repair.models.loading import LoadedModel
+from repair.records import Progress, unheard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ def measure_growth(
     validation: Validation,
     *,
     kl_budget: float,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> list[GrowthPoint]:
     """Return a point for each (kind, path -> rank) of `choices`."""
     points = []

@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from repair.limits import ANSWER_TOKENS
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import batches, pad_left, pad_right
+from repair.records import Progress, unheard
 
 STRIDE = 16  # tokens decoded before those that have ended leave the batch
 REPEATS = 4  # the same token run this often at the end of an unfinished answer is a loop
@@ -49,7 +50,7 @@ def generate_answers(
     *,
     num_new_tokens: int,
     batch_tokens: int = ANSWER_TOKENS,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> list[Answer]:
     """Return the greedy answer to each prompt (ids [tokens]), in the order given."""
     tokenizer = loaded.tokenizer

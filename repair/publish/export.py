@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +53,7 @@ def write_export(
     prompts: Sequence[np.ndarray],
     num_new_tokens: int,
     base_model: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Write the exports asked for, reopen them in a fresh process, and return what was found.
 
@@ -63,14 +64,17 @@ def write_export(
     check_unchanged(loaded.staged)
     _check_not_tied(loaded, updates)
     check_disk(sum(loaded.staged.sizes.values()), folder)
+    tell("a sample of answers")
     with apply_updates(loaded.model, updates):
         write_sample(loaded, prompts, folder / SAMPLE, num_new_tokens=num_new_tokens)
     changed: dict[str, dict[str, Any]] = {}
     num_tensors = 0
     if "merged" in kinds:
+        tell("merged weights")
         changed, num_tensors = export_merged(loaded, updates, folder)
     if "adapter" in kinds:
         export_adapter(loaded, updates, folder, base_model=base_model)
+    tell("opening it in a fresh process")
     reopened = reopen_in_fresh_process(folder, base=loaded.staged.folder)
     differences = [flat["largest_logit_difference"] for flat in reopened.values()]
     return {
