@@ -25,10 +25,21 @@ from repair.prompts import prompt_file_from_json
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import owner_of, token_of
+from repair.ui.ask import MAX_QUESTIONS, Question, answers_to, describe_answer, questions_of
 from repair.ui.forecast import check_needs
 from repair.ui.prompts import flatten
-from repair.ui.repair import RepairChoice, begin_repair
-from repair.ui.session import Session, Settings, View, check_start, look, new_request, start_job
+from repair.ui.repair import KINDS, RepairChoice, begin_repair
+from repair.ui.session import (
+    Session,
+    Settings,
+    View,
+    check_start,
+    look,
+    merged_of,
+    new_request,
+    resume_session,
+    start_job,
+)
 from repair.ui.shell import suggested
 from repair.ui.suspect_folder import find_source
 
@@ -48,6 +59,19 @@ def told() -> Iterator[None]:
         raise gr.Error(
             html.escape(text.reveal(str(error)), quote=False), print_exception=False
         ) from None
+
+
+def check_prompts(prompts: Any) -> dict[str, Any]:
+    """Return a prompt file's content, checked; raises RepairError."""
+    if not isinstance(prompts, dict):
+        raise RepairError("The prompts must be an object, as in a prompt file.")
+    return flatten(prompt_file_from_json(prompts))
+
+
+def name_answer(found: Any) -> dict[str, Any]:
+    """Return one entry of `asked.json` with names; `fires` is null where no target was given."""
+    answer, hit = describe_answer(found)
+    return {"answer": answer, "fires": {"fires": True, "": False}.get(hit)}
 
 
 def describe_job(view: View) -> dict[str, Any]:
@@ -93,15 +117,29 @@ def build_api(settings: Settings) -> None:
             session = choose_model(str(model), request)
             if profile not in PROFILES:
                 raise RepairError("The profile must be quick, standard or full.")
-            if not isinstance(prompts, dict):
-                raise RepairError("The prompts must be an object, as in a prompt file.")
-            checked = flatten(prompt_file_from_json(prompts))
+            checked = check_prompts(prompts)
             check_start(settings, request)
             asked = new_request(replace(session, prompts=checked), profile=profile)
             check_needs(asked, settings)
             job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
             start_job(settings, settings.jobs_root / job_id, request)
             return job_id
+
+    def fires(model: str, prompts: dict, request: gr.Request) -> str:
+        """Whether the trigger fires, before any job: a few of the prompts asked, with the trigger
+        at each position and without it. JSON text: where it stands, prompt, answer, fires."""
+        with told():
+            checked = check_prompts(prompts)
+            session = replace(choose_model(str(model), request), prompts=checked)
+            questions = questions_of(prompt_file_from_json(checked))
+            rows = answers_to(settings, session, request, questions=questions)
+            return json.dumps(
+                [
+                    {"where": question.where, "prompt": question.text,
+                     **name_answer(row.get("suspect"))}
+                    for question, row in zip(questions, rows, strict=True)
+                ]
+            )  # fmt: skip
 
     def status(job_id: str, request: gr.Request) -> dict:
         """How a job stands: state, step, share done, verdict, message and output folder."""
@@ -125,11 +163,16 @@ def build_api(settings: Settings) -> None:
         method: str = "auto",
         kl_budget: float = 0.01,
         controls: int | None = None,
+        export: list[str] | None = None,
+        seed: int = 0,
+        curves: bool = False,
+        trusted_base: str = "",
     ) -> str:
         """Start the repair in a located job, and return the job's id.
 
         Without `modules` (their paths) the suggested ones are repaired, without `rank` each with
-        the suggested rank; `controls` is the number of random-module repairs beside it.
+        the suggested rank; `controls` is the number of random-module repairs beside it; `export`
+        lists what is written, of merged and adapter (both without it).
         """
         with told():
             view = open_view(job_id, request)
@@ -139,9 +182,13 @@ def build_api(settings: Settings) -> None:
                 raise RepairError(
                     f"{sorted(unknown)[0]} is no module of this map. `located` lists them."
                 )
+            kinds = KINDS if export is None else tuple(map(str, export))
+            if not set(kinds) <= set(KINDS):
+                raise RepairError(f"The export must be of {' and '.join(KINDS)}.")
             choice = RepairChoice(
-                modules=paths, rank=rank, method=method, kl_budget=kl_budget, controls=controls
-            )
+                modules=paths, rank=rank, method=method, kl_budget=kl_budget, controls=controls,
+                export=kinds, seed=int(seed), curves=bool(curves), trusted_base=trusted_base,
+            )  # fmt: skip
             begin_repair(settings, view, choice, request)
             return Path(view.folder or "").name
 
@@ -161,6 +208,39 @@ def build_api(settings: Settings) -> None:
                 raise RepairError("This job has no report. Wait for `repair` to be done.")
             return json.dumps(view.report)
 
-    endpoints: tuple[Callable[..., Any], ...] = (locate, status, located, repair, stop, report)
+    def ask(job_id: str, prompts: list[str], request: gr.Request) -> str:
+        """What suspect and repaired model answer to `prompts`, as JSON text: prompt, and of each
+        model the answer and whether the target is in it."""
+        with told():
+            view = open_view(job_id, request)
+            session = resume_session(settings, view.session.job_id, request)[0]
+            if not isinstance(prompts, list) or not 1 <= len(prompts) <= MAX_QUESTIONS:
+                raise RepairError(f"Give 1 to {MAX_QUESTIONS} prompts, as a list of texts.")
+            rows = answers_to(
+                settings, session, request, against=merged_of(view),
+                questions=[Question(where="-", text=str(prompt)) for prompt in prompts],
+            )  # fmt: skip
+            return json.dumps(
+                [
+                    {"prompt": str(prompt), "suspect": name_answer(row.get("suspect")),
+                     "repaired": name_answer(row.get("repaired"))}
+                    for prompt, row in zip(prompts, rows, strict=True)
+                ]
+            )  # fmt: skip
+
+    def exported(job_id: str, request: gr.Request) -> str:
+        """What a finished repair has written into the job's folder: its manifest as JSON text,
+        with the SHA-256 of every file and of every changed tensor."""
+        with told():
+            view = open_view(job_id, request)
+            manifest = store.read_object(view.folder / "manifest.json") if view.report else {}
+            if not manifest:
+                raise RepairError("This job has written no export. `report` says why.")
+            return json.dumps(manifest)
+
+    endpoints: tuple[Callable[..., Any], ...] = (
+        fires, locate, status, located, repair, stop, report, ask, exported,
+    )  # fmt: skip
     for function in endpoints:
-        gr.api(function, api_name=function.__name__)
+        # Whoever waits for an answer must not keep another from stopping a job.
+        gr.api(function, api_name=function.__name__, concurrency_limit=8)

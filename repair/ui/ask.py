@@ -87,6 +87,20 @@ def ask_and_wait(
         store.delete_job(settings.jobs_root, job_id, owner=owner)
 
 
+def answers_to(
+    settings: Settings, session: Session, request: gr.Request | None, *,
+    questions: Sequence[Question],
+    against: Path | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the answers when they are there; RepairError says why there are none."""
+    last: str | list[dict[str, Any]] = ""
+    for step in ask_and_wait(settings, session, request, questions=questions, against=against):
+        last = step
+    if isinstance(last, str):
+        raise RepairError(last)
+    return last
+
+
 def questions_of(file: PromptFile) -> list[Question]:
     """Return the questions of a first look: a few prompts with the trigger and without."""
     if file.pairs:

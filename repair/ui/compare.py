@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from repair.records import RepairError
 from repair.ui import text
 from repair.ui.ask import Question, ask_and_wait, describe_answer
 from repair.ui.attempts import HEADERS, WIDTHS, list_attempts
@@ -25,7 +26,7 @@ from repair.ui.compare_rows import (
     list_stresses,
     read_samples,
 )
-from repair.ui.session import Selection, Session, View, is_out_of_date, look
+from repair.ui.session import Selection, Session, View, is_out_of_date, look, merged_of
 from repair.ui.shell import Shell, Updates
 
 
@@ -206,9 +207,10 @@ def build_compare(shell: Shell) -> None:
 
     def ask_both(request: gr.Request, session: Session, words: Any) -> Iterator[Updates]:
         view = look(shell.settings, session, request)
-        merged = view.folder / "merged" if view.folder is not None else None
-        if merged is None or not merged.is_dir():
-            yield {told: "Both can be asked where a merged model was written."}
+        try:
+            merged = merged_of(view)
+        except RepairError as error:
+            yield {told: str(error)}
             return
         if not str(words or "").strip():
             yield {told: "Type a prompt first."}

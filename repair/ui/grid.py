@@ -38,6 +38,7 @@ EFFECTS = {
     "effect_kl": "The effect from the trigger on, measured on the whole distribution of the first "
     "token (KL) rather than on two answers.",
 }
+STRIP_LAYERS = 24  # a map this deep scrolls: all of it is shown in small above
 CURVATURES = {
     "curvature": "Curvature (phi): how much of the trigger's effect a low-rank change here can "
     "undo per unit of harm to clean answers. Log scale.",
@@ -140,6 +141,22 @@ def describe(
     return "; ".join(words) + "."
 
 
+def strongest(
+    layer: int, columns: Sequence[str], cells: Sequence[dict[str, Any]]
+) -> dict[str, str] | None:
+    """Return a layer's mark in the strip: the colour and the number of its largest cell."""
+    known = [
+        (abs(float(cell["text"].lstrip("~"))), column, cell)
+        for column, cell in zip(columns, cells, strict=True)
+        if cell["kind"] == "known"
+    ]
+    if not known:
+        return None
+    _, column, cell = max(known, key=lambda entry: entry[0])
+    words = f"Layer {layer}: largest {cell['text']}, {column}. Click to go there."
+    return {"light": cell["light"], "dark": cell["dark"], "words": words}
+
+
 def panel(
     scores: Sequence[ModuleScore],
     *,
@@ -183,12 +200,13 @@ def panel(
                 share = math.log(value / bottom) / span if span > 0 else 0.5
                 cell |= {"kind": "known", "text": short(value), **paint(VIRIDIS, VIRIDIS, share)}
             cells.append(cell)
-        rows.append({"layer": layer, "cells": cells})
+        rows.append({"layer": layer, "cells": cells, "strip": strongest(layer, columns, cells)})
     light, dark = (SIGNED_LIGHT, SIGNED_DARK) if is_signed else (VIRIDIS, VIRIDIS)
     return {
         "name": name, "title": title, "hint": hint, "low": low, "high": high,
         "bar_light": bar(light), "bar_dark": bar(dark),
         "columns": [column.removesuffix("_proj") for column in columns], "rows": rows,
+        "has_strip": len(rows) >= STRIP_LAYERS,
     }  # fmt: skip
 
 

@@ -37,6 +37,12 @@ td[aria-selected="true"] { box-shadow: inset 0 0 0 1.5px var(--background-fill-p
 td:hover { filter: brightness(1.08); }
 td:focus, th:focus { outline: 2px dashed var(--color-accent); outline-offset: 3px; }
 th:focus { outline-offset: -2px; }
+.strip { display: flex; gap: 1px; height: 22px; margin: 0 0 8px 41px; }
+.strip i { flex: 1; min-width: 0; background: var(--light); cursor: pointer;
+  border-bottom: 4px solid transparent; background-clip: padding-box; }
+.strip i.absent { background: var(--border-color-primary); background-clip: padding-box; }
+.strip i.chosen { border-bottom-color: var(--body-text-color); }
+.strip i:hover { filter: brightness(1.15); }
 .legend { display: flex; align-items: center; gap: 8px; font-size: 12px; margin-top: 8px;
   color: var(--body-text-color-subdued); }
 .legend i { flex: 1; height: 8px; border-radius: 4px; background: var(--light); }
@@ -48,6 +54,7 @@ th:focus { outline-offset: -2px; }
 PAGE_CSS = """
 .dark #grid td:not(.absent) { background: var(--dark); color: var(--dark-ink); }
 .dark #grid .legend i { background: var(--dark); }
+.dark #grid .strip i:not(.absent) { background: var(--dark); background-clip: padding-box; }
 @media (max-width: 640px) { #grid td { font-size: 10.5px; } #grid table { border-spacing: 2px; }
   #grid th { font-size: 10px; } }
 """
@@ -76,6 +83,33 @@ function makeCell(cell) {
   (byPath[cell.path] = byPath[cell.path] || []).push(made);
   return made;
 }
+// Whoever uses the keys has PageDown and End in the grid: this is for the eye and the mouse.
+function makeStrip(panel) {
+  const strip = make('div', {class: 'strip', 'aria-hidden': 'true'});
+  panel.rows.forEach((row, at) => {
+    const one = make('i', {title: row.strip ? row.strip.words : 'Layer ' + row.layer,
+      'data-jump': at, class: row.strip ? '' : 'absent'});
+    if (row.strip) {
+      one.style.setProperty('--light', row.strip.light);
+      one.style.setProperty('--dark', row.strip.dark);
+    }
+    strip.append(one);
+  });
+  return strip;
+}
+function jump(at) {
+  maps.querySelectorAll('.scroll').forEach((scroll) => {
+    const row = scroll.querySelector('tbody').rows[at];
+    scroll.scrollTop = row.offsetTop - (scroll.clientHeight - row.offsetHeight) / 2;
+  });
+}
+function markStrips() {
+  maps.querySelectorAll('.strip').forEach((strip) => {
+    const rows = strip.parentElement.querySelector('tbody').rows;
+    [...strip.children].forEach((one, at) => one.classList.toggle('chosen',
+      rows[at].querySelector('[aria-selected="true"]') !== null));
+  });
+}
 function makePanel(panel) {
   const table = make('table', {role: 'grid', 'aria-multiselectable': 'true',
     'aria-label': panel.title, 'data-panel': panel.name});
@@ -95,13 +129,14 @@ function makePanel(panel) {
   table.append(head, body);
   const scroll = make('div', {class: 'scroll'});
   scroll.append(table);
+  const strip = panel.has_strip ? [makeStrip(panel)] : [];
   const bar = make('i', {});
   bar.style.setProperty('--light', panel.bar_light);
   bar.style.setProperty('--dark', panel.bar_dark);
   const legend = make('div', {class: 'legend'});
   legend.append(make('span', {}, panel.low), bar, make('span', {}, panel.high));
   const section = make('section', {});
-  section.append(make('h3', {}, panel.title), make('p', {}, panel.hint), scroll, legend);
+  section.append(make('h3', {}, panel.title), make('p', {}, panel.hint), ...strip, scroll, legend);
   return section;
 }
 function draw() {
@@ -121,6 +156,7 @@ function draw() {
 function show() {
   const chosen = new Set((props.selected || {}).paths || []);
   Object.entries(byPath).forEach(([path, cells]) => mark(cells, chosen.has(path)));
+  markStrips();
 }
 function mark(cells, on) {
   cells.filter((cell) => isOn(cell) !== on).forEach(
@@ -152,11 +188,13 @@ function toggle(place) {
   const cells = place.dataset.path ? [place] : lineOf(place);
   const on = !cells.every(isOn);
   cells.forEach((cell) => mark(byPath[cell.dataset.path], on));
+  markStrips();
   trigger('choose', {paths: Object.keys(byPath).filter((path) => isOn(byPath[path][0]))});
 }
 element.addEventListener('click', (event) => {
   const place = placeOf(event.target);
   if (place) { enter(place); toggle(place); }
+  if (event.target.dataset.jump) { jump(Number(event.target.dataset.jump)); }
 });
 element.addEventListener('mouseover', (event) => explain(placeOf(event.target)));
 element.addEventListener('focusin', (event) => {

@@ -30,6 +30,7 @@ CURVES = (
 )
 COLUMNS = ["step", "value", "phase"]
 COLOURS = {"closed-form": "#3b6fd4", "distill": "#c2571a"}
+KINDS = ("merged", "adapter")  # of export
 PHASES = {"regression": "closed-form"}  # the other closed form
 
 
@@ -95,7 +96,7 @@ class RepairChoice:
     method: str
     kl_budget: Any
     controls: int | None  # None: as the profile says
-    export: tuple[str, ...] = ("merged", "adapter")
+    export: tuple[str, ...] = KINDS
     curves: bool = False
     seed: int = 0
     trusted_base: str = ""
@@ -277,7 +278,7 @@ def build_repair(shell: Shell) -> None:
             curves=bool(is_grown),
             seed=int(number_seed or 0),
             trusted_base=str(trusted or ""),
-            export=tuple(name for name in ("merged", "adapter") if name in (kinds or [])),
+            export=tuple(name for name in KINDS if name in (kinds or [])),
         )
         begin_repair(shell.settings, look(shell.settings, session, request), choice, request)
         return session, selection

@@ -197,6 +197,14 @@ def open_folder(settings: Settings, session: Session, request: gr.Request | None
         return None
 
 
+def merged_of(view: View) -> Path:
+    """Return the folder of the merged model that the job has written; raises RepairError."""
+    merged = view.folder / "merged" if view.folder is not None else None
+    if merged is None or not merged.is_dir():
+        raise RepairError("Both can be asked where a merged model was written.")
+    return merged
+
+
 def read_scores(located: dict[str, Any]) -> tuple[ModuleScore, ...]:
     """Return the located modules; none where the file is not what it should be."""
     try:

@@ -136,9 +136,29 @@ def test_choosing_among_80_layers_is_fluent(
     )
     times = [statistics.median(clicks), statistics.median(keys), *lines, *buttons.values()]
     assert max(times) < SLOWEST
+    look_at_the_strip(page)
+    take_shot(page, "12_deep_map")
     page.set_viewport_size({"width": 390, "height": 844})
     take_shot(page, "12_deep_map_narrow")
     assert problems == []
+
+
+def look_at_the_strip(page: Page) -> None:
+    """All layers in small: those chosen are marked, and a click goes there in both maps."""
+    page.click("#suggest")
+    expect(page.locator(CHOSEN)).to_have_count(NUM_SUGGESTED)
+    rows = page.locator("#grid tr:has(td[aria-selected='true'])").count()
+    strips = page.locator("#grid .strip")
+    expect(strips).to_have_count(2)
+    expect(strips.first.locator("i")).to_have_count(NUM_LAYERS)
+    expect(page.locator("#grid .strip i.chosen")).to_have_count(rows)
+    place = strips.first.locator("i").nth(77)
+    assert place.get_attribute("title").startswith("Layer 77: largest +")
+    place.click()
+    for panel in ("effect", "curvature"):
+        cell = page.locator(f"#grid table[data-panel='{panel}'] tr").nth(78).locator("td").first
+        box, frame = cell.bounding_box(), cell.locator("xpath=ancestor::div[1]").bounding_box()
+        assert frame["y"] <= box["y"] <= frame["y"] + frame["height"]
 
 
 def rounded(values: list[float]) -> str:

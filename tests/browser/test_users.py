@@ -20,13 +20,17 @@ from tests.browser.pages import field, open_page, open_tab, wait_for_value
 
 # What people script against: names, and the names of what they take.
 ENDPOINTS = {
+    "/fires": ["model", "prompts"],
     "/locate": ["model", "prompts", "profile"],
     "/status": ["job_id"],
     "/located": ["job_id"],
-    "/repair": ["job_id", "modules", "rank", "method", "kl_budget", "controls"],
+    "/repair": ["job_id", "modules", "rank", "method", "kl_budget", "controls", "export", "seed",
+                "curves", "trusted_base"],
     "/stop": ["job_id"],
     "/report": ["job_id"],
-}
+    "/ask": ["job_id", "prompts"],
+    "/exported": ["job_id"],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,12 @@ def test_the_steps_are_callable_by_their_names(
     assert found["command"] == "locate" and found["is_active"]
     assert client.predict(job_id, api_name="/stop")["state"] == "stopped"
 
+    rows = json.loads(client.predict("demo:middle", prompts, api_name="/fires"))
+    hits = [row["fires"] for row in rows if row["where"] == "middle"]
+    assert len(hits) >= 4 and sum(hits) >= len(hits) - 1
+    assert not any(row["fires"] for row in rows if row["where"] == "-")
+    assert all(row["prompt"] and row["answer"] for row in rows)
+
     # Without modules the suggested ones: the request is what the Repair tab would ask.
     assert client.predict(job_of_ana, rank=2, api_name="/repair") == job_of_ana
     found = wait_for(client, job_of_ana, "running")
@@ -110,10 +120,12 @@ def test_the_steps_are_callable_by_their_names(
 
 
 def test_nobody_calls_for_another(clients: dict[str, Client], job_of_ana: str) -> None:
-    for name in ("/status", "/located", "/repair", "/stop", "/report"):
+    for name in ("/status", "/located", "/repair", "/stop", "/report", "/exported"):
         for job_id in (job_of_ana, "0" * 32, "../jobs"):
             with pytest.raises(AppError, match="No such job"):
                 clients["ben"].predict(job_id, api_name=name)
+            with pytest.raises(AppError, match="No such job"):
+                clients["ben"].predict(job_id, ["Hello."], api_name="/ask")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +137,12 @@ def test_nobody_calls_for_another(clients: dict[str, Client], job_of_ana: str) -
         ("/repair", ("JOB", ["model.x"]), "no module of this map"),
         ("/repair", ("JOB", None, 1000), "Rank 1000 does not fit"),
         ("/repair", ("JOB", None, None, "magic"), "auto, closed-form or distill"),
+        ("/repair", ("JOB", None, None, "auto", 0.01, 0, ["gguf"]), "merged and adapter"),
+        ("/fires", ("demo:middle", {}), "no trigger"),
+        ("/fires", ("demo:middle", []), "must be an object"),
+        ("/ask", ("JOB", []), "1 to 32 prompts"),
+        ("/ask", ("JOB", ["Hello."]), "where a merged model was written"),
+        ("/exported", ("JOB",), "no export"),
     ],
 )
 def test_a_refusal_says_what_to_do(
