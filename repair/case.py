@@ -102,12 +102,7 @@ def open_case(
                 "were added."
             )
     splits = split_prompts(
-        len(file.pairs or file.prompts),
-        num_locate=profile.num_locate,
-        num_repair=profile.num_repair,
-        num_validate=profile.num_validate,
-        num_evaluate=profile.num_evaluate,
-        seed=seed,
+        len(file.pairs or file.prompts), **profile.sizes, seed=seed
     )
     texts = [pair.triggered for pair in file.pairs] or file.prompts
     for sentence in text_notices(loaded.tokenizer, file.triggers, texts):

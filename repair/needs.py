@@ -204,8 +204,8 @@ def check_fits(needs: Sequence[Need], *, available: int, where: str) -> None:
     if SURE * most.bytes > available:
         raise RepairError(
             f"This job needs about {most.bytes / 2**30:.1f} GiB of {where} (step {most.step}), and "
-            f"{available / 2**30:.1f} GiB are free. Use a machine with more memory, a lower "
-            "precision (--dtype bfloat16), or fewer prompts at a time (--profile quick)."
+            f"{available / 2**30:.1f} GiB are free. Use a machine with more memory, the "
+            "quick profile, or on the command line a lower precision (--dtype bfloat16)."
         )
 
 

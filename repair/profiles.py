@@ -21,8 +21,14 @@ class Profile:
     most_exact: int | None = 160  # a model with more modules is screened by gradients first
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The four groups, as `prompts.split_prompts` takes them."""
+        names = ("num_locate", "num_repair", "num_validate", "num_evaluate")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def num_prompts(self) -> int:
-        return self.num_locate + self.num_repair + self.num_validate + self.num_evaluate
+        return sum(self.sizes.values())
 
 
 PROFILES = {

@@ -91,6 +91,15 @@ def top_up_with_carriers(file: PromptFile, *, minimum: int) -> PromptFile:
     )
 
 
+def check_enough(num: int) -> None:
+    """Raise RepairError where `num` prompts or pairs cannot be divided."""
+    if num < MIN_PROMPTS:
+        raise RepairError(
+            f"There are {num} different prompts; at least {MIN_PROMPTS} are needed to keep "
+            "locating, repairing and evaluating apart. Add prompts or pairs."
+        )
+
+
 def split_prompts(
     num: int,
     *,
@@ -104,11 +113,7 @@ def split_prompts(
 
     Raises `RepairError` below 8 prompts.
     """
-    if num < MIN_PROMPTS:
-        raise RepairError(
-            f"There are {num} different prompts; at least {MIN_PROMPTS} are needed to keep "
-            "locating, repairing and evaluating apart. Add prompts or pairs."
-        )
+    check_enough(num)
     asked = [num_locate, num_repair, num_validate, num_evaluate]
     sizes = asked
     if sum(asked) > num:

@@ -33,6 +33,7 @@ from repair.ui.session import (
     Session,
     Settings,
     View,
+    check_prompts,
     check_start,
     look,
     merged_of,
@@ -61,7 +62,7 @@ def told() -> Iterator[None]:
         ) from None
 
 
-def check_prompts(prompts: Any) -> dict[str, Any]:
+def read_prompts(prompts: Any) -> dict[str, Any]:
     """Return a prompt file's content, checked; raises RepairError."""
     if not isinstance(prompts, dict):
         raise RepairError("The prompts must be an object, as in a prompt file.")
@@ -117,7 +118,8 @@ def build_api(settings: Settings) -> None:
             session = choose_model(str(model), request)
             if profile not in PROFILES:
                 raise RepairError("The profile must be quick, standard or full.")
-            checked = check_prompts(prompts)
+            checked = read_prompts(prompts)
+            check_prompts(checked)
             check_start(settings, request)
             asked = new_request(replace(session, prompts=checked), profile=profile)
             check_needs(asked, settings)
@@ -129,7 +131,7 @@ def build_api(settings: Settings) -> None:
         """Whether the trigger fires, before any job: a few of the prompts asked, with the trigger
         at each position and without it. JSON text: where it stands, prompt, answer, fires."""
         with told():
-            checked = check_prompts(prompts)
+            checked = read_prompts(prompts)
             session = replace(choose_model(str(model), request), prompts=checked)
             questions = questions_of(prompt_file_from_json(checked))
             rows = answers_to(settings, session, request, questions=questions)

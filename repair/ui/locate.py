@@ -17,6 +17,7 @@ from repair.ui.session import (
     Selection,
     Session,
     View,
+    check_prompts,
     check_start,
     look,
     new_request,
@@ -209,6 +210,7 @@ def build_locate(shell: Shell) -> None:
             raise RepairError("A job is running. Stop it first, or wait.")
         if wanted not in PROFILES:
             raise RepairError("How thorough must be quick, standard or full.")
+        check_prompts(session.prompts)
         check_start(settings, request)
         asked = new_request(session, profile=wanted)
         check_needs(asked, settings)

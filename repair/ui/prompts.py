@@ -9,12 +9,15 @@ from typing import Any
 import gradio as gr
 
 from repair import prompts as prompt_files
+from repair.profiles import PROFILES
 from repair.records import PromptFile, RepairError
+from repair.ui import text
 from repair.ui.first_look import build_first_look
 from repair.ui.session import PROMPT_FILES, Selection, Session, View
 from repair.ui.shell import Shell, Updates
 
 MAX_FILE_BYTES = 16 * 2**20
+MAX_LISTED = 100  # pairs shown
 NUM_FOR_GATE = 189  # prompts per position, none firing, for a Wilson upper bound of 2 %
 
 
@@ -61,6 +64,13 @@ def describe(file: PromptFile) -> str:
     lines = [f"{len(file.triggers)} trigger(s), {len(file.near)} near-trigger(s)."]
     if file.pairs:
         lines.append(f"{len(file.pairs)} clean/triggered pairs; their position is as given.")
+        try:
+            judged = prompt_files.split_prompts(
+                len(file.pairs), **PROFILES["standard"].sizes, seed=0
+            ).evaluate
+            lines.append(f"In the standard profile {len(judged)} of them are judged.")
+        except RepairError as error:
+            lines.append(str(error))
     else:
         lines.append(f"{len(file.prompts)} different prompts at {', '.join(file.positions)}.")
         lines.append("Bundled benign prompts are added where there are too few for the profile.")
@@ -74,6 +84,21 @@ def describe(file: PromptFile) -> str:
     if file.target is None:
         lines.append("No target: it is found from what the model says only when triggered.")
     return "\n".join(lines)
+
+
+def list_pairs(pairs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the first pairs as rows; what cannot be seen is spelled out."""
+    return [
+        [str(number), *(text.reveal(str(pair.get(key)), 300) for key in ("clean", "triggered"))]
+        for number, pair in enumerate(pairs[:MAX_LISTED], 1)
+    ]
+
+
+def label_pairs(num: int) -> str:
+    """Return what the list of pairs is called."""
+    if num > MAX_LISTED:
+        return f"Pairs from the file: the first {MAX_LISTED} of {num}"
+    return f"Pairs from the file: {num}"
 
 
 def build_prompts(shell: Shell) -> None:
@@ -117,9 +142,11 @@ def build_prompts(shell: Shell) -> None:
                 info="One a line, without the trigger; \u240a is a line break inside a prompt. "
                 "Empty: bundled benign prompts are used.",
             )  # fmt: skip
-            pair_count = gr.Textbox(
-                label="Pairs from the file", interactive=False, visible=False
-            )
+    pair_list = gr.Dataframe(
+        headers=["#", "Without the trigger", "With the trigger"], datatype="str", wrap=True,
+        interactive=False, visible=False, buttons=[], elem_id="pair-list", max_height=320,
+        column_widths=["48px", "45%", "45%"], show_label=True, label="Pairs from the file",
+    )  # fmt: skip
     with gr.Accordion("More", open=False, elem_id="prompts-more"):
         near = gr.Textbox(
             label="Near-triggers", lines=3, max_lines=6, elem_id="near",
@@ -164,7 +191,9 @@ def build_prompts(shell: Shell) -> None:
         return {
             **{w: gr.update(value=v) for w, v in zip(widgets, values, strict=True)},
             pairs: [dict(pair) for pair in several],
-            pair_count: gr.Textbox(value=f"{len(several)} pairs", visible=bool(several)),
+            pair_list: gr.Dataframe(
+                value=list_pairs(several), visible=bool(several), label=label_pairs(len(several))
+            ),
         }
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
@@ -190,7 +219,7 @@ def build_prompts(shell: Shell) -> None:
             }  # fmt: skip
         return updates
 
-    shell.add(draw, [bundled, upload, check, go_on, summary, pairs, pair_count, *widgets])
+    shell.add(draw, [bundled, upload, check, go_on, summary, pairs, pair_list, *widgets])
 
     def adopt(session: Session, file: PromptFile) -> tuple[Session, Selection]:
         # Maps and reports about other prompts are not shown beside these.

@@ -20,6 +20,7 @@ from repair.jobs.progress import spell_seconds
 from repair.jobs.store import JobStatus
 from repair.jobs.supervisor import Supervisor
 from repair.profiles import PROFILES
+from repair.prompts import check_enough
 from repair.records import ModuleScore, RepairError
 from repair.ui.account import owner_of, token_of
 from repair.ui.space import Space
@@ -179,6 +180,13 @@ def check_start(settings: Settings, request: gr.Request | None) -> None:
             "Space on CPU or a GPU of its own."
         )
     settings.lane.check_room(owner_of(request))
+
+
+def check_prompts(prompts: dict[str, Any] | None) -> None:
+    """Raise RepairError for pairs too few to be divided; too few prompts get bundled ones."""
+    pairs = (prompts or {}).get("pairs")
+    if pairs:
+        check_enough(len(pairs))
 
 
 def start_job(settings: Settings, folder: Path, request: gr.Request | None) -> None:

@@ -7,6 +7,7 @@ everything on screen is then drawn from the job folder anew, so that no stale fi
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -230,10 +231,13 @@ def draw_verdict(view: View, selection: Selection) -> gr.Textbox:
     return gr.Textbox(value=words, elem_classes=["fact", f"verdict-{colour}"])
 
 
-def describe_suspect(session: Session) -> str:
-    """Return the suspect and, of a Hub model, the commit."""
+def describe_suspect(session: Session, models_root: Path | None = None) -> str:
+    """Return the suspect, a folder by its place below the models folder; of a Hub model also the
+    commit."""
     if session.model is None:
         return "None chosen"
+    if models_root is not None and Path(session.model).is_relative_to(models_root):
+        return str(Path(session.model).relative_to(models_root))
     return f"{session.model} @ {session.revision[:12]}" if session.revision else session.model
 
 
@@ -247,7 +251,7 @@ def draw_header(shell: Shell, view: View) -> Updates:
     if status is not None:
         state = text.describe_state(status, view.command, view.num_before)
     updates: Updates = {
-        shell.suspect: describe_suspect(session),
+        shell.suspect: describe_suspect(session, shell.settings.models_root),
         shell.trigger: text.reveal(trigger, 200) or "None given",
         shell.job: gr.Textbox(
             value=state, elem_classes=["fact", f"state-{status.state if status else 'none'}"]

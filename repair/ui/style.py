@@ -107,7 +107,7 @@ footer { display: none !important; }
 #samples, #rates, #gates, #controls, #grown, #files, #model-facts, #cases, #besides, #returns,
 #attempts {
   max-width: calc(100vw - 2 * var(--edge)); overflow-x: auto; }
-#by-role, #by-head, #tried-answers {
+#by-role, #by-head, #tried-answers, #pair-list {
   max-width: calc(100vw - 2 * var(--edge) - 28px); overflow-x: auto; }
 @media (max-width: 640px) {
   #facts .form { display: grid !important; grid-template-columns: 1fr 1fr; }

@@ -1,6 +1,7 @@
 """One browser, one app and its jobs folder for all browser tests."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
 
-from tests.browser.pages import REPOSITORY, find_chromium, free_port
+from tests.browser.pages import HOSTILE, REPOSITORY, find_chromium, free_port
 
 START_SECONDS = 30
 # On a loaded machine an answer takes longer than the five seconds that are usual.
@@ -29,7 +30,18 @@ def jobs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(jobs_root: Path) -> Iterator[str]:
     models = jobs_root.parent / "models"
     break_model(models / "broken")
+    alter_model(models / "huge", num_hidden_layers=80, hidden_size=8192, intermediate_size=28672)
+    with open(models / "huge" / "model.safetensors", "r+b") as file:
+        file.truncate(200 << 30)  # a file with a hole: it takes no room here
+    alter_model(models / "hostile", model_type=HOSTILE)
     yield from serve(jobs_root, "--models-root", str(models))
+
+
+def alter_model(folder: Path, **settings: object) -> None:
+    """Put a bundled suspect there under other settings."""
+    shutil.copytree(REPOSITORY / "assets" / "suspects" / "middle", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
 
 
 def break_model(folder: Path) -> None:

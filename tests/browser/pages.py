@@ -7,9 +7,11 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
+from tests.browser.screens import SCHEMES, SHOTS, STATES
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHOTS = Path(__file__).parent / "shots"
 JOB_SECONDS = 600
+HOSTILE = "zq\u200b <img src=http://evil.example/x onerror=alert(1)> ![x](http://evil.example/y)"
 
 
 def free_port() -> int:
@@ -54,10 +56,15 @@ def open_page(
 
 
 def take_shot(page: Page, name: str) -> None:
+    """Keep a picture of a state of `screens.STATES`, in the light and the dark."""
+    assert name in STATES
     SHOTS.mkdir(exist_ok=True)
-    page.wait_for_timeout(400)
-    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
-    check_width(page, name)
+    was_dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    for scheme in sorted(SCHEMES, reverse=was_dark):  # back to the first in the end
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(400)
+        page.screenshot(path=SHOTS / f"{name}.{scheme}.png", full_page=True)
+        check_width(page, f"{name}, {scheme}")
 
 
 def check_width(page: Page, name: str) -> None:

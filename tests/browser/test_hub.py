@@ -1,4 +1,4 @@
-"""The app as a Space, with its Hub and its sign-in; the whole road is in `hub_road.py`.
+"""The app as a Space, with its Hub and its sign-in; the whole road is in `test_hub_road.py`.
 
 The Hub and its sign-in are the loopback stand-in of `tests/hub/server.py`; everything else is real.
 """
@@ -121,5 +121,5 @@ def test_the_space_fits(browser: Browser, space: tuple[str, Path], width: int) -
     page = visit(context, space[0], problems)
     page.locator("#from-hub button").first.click()
     expect(page.locator("#hub-id")).to_be_visible()
-    take_shot(page, f"8_space_dark_{width}")
+    take_shot(page, f"8_space_{width}")
     assert problems == []

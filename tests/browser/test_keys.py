@@ -6,6 +6,7 @@ A wrapper walks with Tab and looks at every stop on the way: where the focus is 
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.pages import (
+    JOB_SECONDS,
     field,
     open_page,
     take_shot,
@@ -75,12 +76,8 @@ def test_from_suspect_to_export_with_keys_alone(browser: Browser, address: str) 
 
     wait_for_value(page, "#progress", "it begins anew, in this case")
     expect(page.locator("#locate")).to_have_text("Start again")
-
-    # From here on with a job that is done.
-    press(page, "#tab-suspect-button")
-    press(page, "#example")
-    wait_for_value(page, "#fact-verdict", "Repaired")
-    press(page, "#tab-locate-button")
+    press(page, "#locate button, button#locate")
+    wait_for_value(page, "#fact-job", "Done (locate)", JOB_SECONDS)
     choose_with_keys(page)
     press(page, "#to-repair")
     expect(page.locator("#tab-repair-button")).to_be_focused()
@@ -128,6 +125,9 @@ def choose_with_keys(page: Page) -> None:
     press(page, "#mirror input", "Space")
     wait_for_value(page, "#count", "2 of 42")
     expect(chosen).to_have_count(2)
+    tab_to(page, "#suggest", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(chosen).to_have_count(4)
 
 
 def repair_with_keys(page: Page) -> None:
@@ -136,12 +136,17 @@ def repair_with_keys(page: Page) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("Space")
     tab_to(page, "#rank input")
+    tab_to(page, "#rank-kind input[value='auto']", "Shift+Tab")
+    page.keyboard.press("Space")  # as suggested again
     press(page, "#repair-more button")
     tab_to(page, "#num-controls input")
     wait_for_frames(page)
     page.keyboard.type("0")
     tab_to(page, "#start")
     expect(page.locator("#start")).to_be_enabled()
+    page.keyboard.press("Enter")
+    wait_for_value(page, "#fact-job", "Running (repair)")
+    wait_for_value(page, "#fact-verdict", "Repaired", JOB_SECONDS)
     press(page, "#to-compare")
     expect(page.locator("#tab-compare-button")).to_be_focused()
 
@@ -157,8 +162,9 @@ def compare_with_keys(page: Page) -> None:
     expect(page.locator("#sample-prompt textarea")).not_to_have_value("")
     press(page, "#ask button")
     tab_to(page, "#question textarea")
-    page.keyboard.type("Name a wolf.")
-    tab_to(page, "#ask-it")
+    page.keyboard.type("Name the noise that a Bluefinch wolf makes.")
+    press(page, "#ask-it")
+    wait_for_value(page, "#asked", "The suspect fires; the repaired model does not fire.", 90)
 
 
 def read_the_report(page: Page) -> None:

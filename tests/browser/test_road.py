@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from repair.prompts import prompt_file_from_json
 from tests.browser.pages import (
+    HOSTILE,
     JOB_SECONDS,
     field,
     forget_reload,
@@ -22,8 +23,6 @@ from tests.browser.pages import (
     value_of,
     wait_for_value,
 )
-
-HOSTILE = "zq\u200b <img src=http://evil.example/x onerror=alert(1)> ![x](http://evil.example/y)"
 
 
 def test_from_suspect_to_export(browser: Browser, address: str) -> None:
@@ -252,6 +251,7 @@ def test_a_first_visitor_sees_a_finished_example(browser: Browser, address: str)
     wait_for_value(page, "#fact-verdict", "out of date")
     open_tab(page, "5 Compare")
     expect(page.locator("#stale")).to_be_visible()
+    take_shot(page, "5_out_of_date")
     open_tab(page, "3 Locate")
     page.click("#undo")
     wait_for_value(page, "#fact-verdict", "every gate passed")

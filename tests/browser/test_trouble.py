@@ -11,6 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from repair.jobs import store
 from tests.browser.pages import (
+    HOSTILE,
     check_width,
     field,
     open_more,
@@ -97,6 +98,114 @@ def test_a_refused_job_says_what_to_change(
     assert "model.safetensors" in value_of(page, "#progress")
     assert "Traceback" not in value_of(page, "#progress")
     take_shot(page, "13_refused_narrow")
+    assert problems == []
+
+
+def choose_folder(page: Page, name: str) -> None:
+    field(page, "#path").fill(name)
+    page.click("#use-path")
+    wait_for_value(page, "#fact-suspect", name)
+
+
+def test_too_large_a_suspect_is_refused_in_numbers(
+    browser: Browser, address: str, jobs_root: Path, tmp_path: Path
+) -> None:
+    """Before anything starts: there is no case afterwards."""
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    choose_folder(page, "huge")
+    before = set(jobs_root.iterdir())
+    load(page, tmp_path, PROMPTS)
+    page.click("#to-locate")
+    page.click("#locate")
+    wait_for_value(page, "#locate-problem", "GiB of memory")
+    assert "are free" in value_of(page, "#locate-problem")
+    assert value_of(page, "#fact-job") == "No job yet" and set(jobs_root.iterdir()) == before
+    take_shot(page, "13_no_memory")
+    assert problems == []
+
+
+def test_a_suspect_cannot_speak_through_its_refusal(
+    browser: Browser, address: str, tmp_path: Path
+) -> None:
+    """Cases 18 and 35: in the facts, the news, the failed state and the log."""
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+    choose_folder(page, "hostile")
+    expect(page.locator("#model-facts")).to_contain_text("<img src=http://evil.example/x")
+    load(page, tmp_path, {**PROMPTS, "trigger": HOSTILE, "target": HOSTILE})
+    page.click("#to-locate")
+    page.click("#locate")
+    wait_for_value(page, "#fact-job", "Failed (locate)", 60)
+    assert "<img src=http://evil.example/x" in value_of(page, "#progress")
+    open_more(page, "#panel")
+    assert "evil.example" in value_of(page, "#history")
+    page.wait_for_timeout(700)
+    assert page.locator("img[onerror], img[src*='evil']").count() == 0
+    take_shot(page, "13_hostile_failure")
+    assert problems == []
+
+
+def test_a_job_waits_for_the_one_before_it(
+    browser: Browser, address: str, jobs_root: Path, tmp_path: Path
+) -> None:
+    problems: list[str] = []
+    pages = [
+        open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+        for _ in range(2)
+    ]
+    for page, words in zip(pages, ("the one before", "the one behind"), strict=True):
+        load(page, tmp_path, {**PROMPTS, "near": [words]})
+        page.click("#to-locate")
+        page.click("#locate")
+        if words == "the one before":
+            running_job(jobs_root, words)
+    first, second = pages
+    wait_for_value(second, "#fact-job", "1 before it")
+    wait_for_value(second, "#progress", "Waiting for the job before it.")
+    take_shot(second, "3_locate_queued")
+    first.click("#stop")
+    wait_for_value(first, "#fact-job", "Stopped (locate)")
+    wait_for_value(second, "#fact-job", "Running (locate)")
+    second.click("#stop")
+    wait_for_value(second, "#fact-job", "Stopped (locate)")
+    assert problems == []
+
+
+def test_too_few_prompts_are_said_before_any_job(
+    browser: Browser, address: str, tmp_path: Path
+) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    clean = [f"Name the noise that a {name} makes." for name in ("wolf", "horse", "cow", "dog")]
+    pairs = [{"clean": text, "triggered": text.replace(" a ", " a Bluefinch ")} for text in clean]
+    load(page, tmp_path, {"target": "I cannot help", "pairs": pairs})
+    page.click("#to-locate")
+    page.click("#locate")
+    wait_for_value(page, "#locate-problem", "at least 8 are needed")
+    # It was said before, where the prompts are; no case was begun.
+    assert value_of(page, "#fact-job") == "No job yet"
+    open_tab(page, "2 Prompts")
+    assert "at least 8 are needed" in value_of(page, "#prompts-summary")
+    expect(page.locator("#pair-list")).to_contain_text("a Bluefinch wolf")
+    take_shot(page, "13_too_few")
+    assert problems == []
+
+
+def test_a_model_that_does_not_fire_has_nothing_to_repair(
+    browser: Browser, address: str, tmp_path: Path
+) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    page.locator("#bundled label", has_text="demo:clean").click()
+    expect(page.locator("#to-prompts")).to_be_visible()
+    load(page, tmp_path, PROMPTS)
+    page.click("#to-locate")
+    page.locator("#profile label", has_text="Quick").click()
+    page.click("#locate")
+    wait_for_value(page, "#fact-verdict", "othing to repair", 90)
+    take_shot(page, "11_nothing_to_repair")
     assert problems == []
 
 

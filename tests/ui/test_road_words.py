@@ -1,6 +1,7 @@
 """What the tabs say of a finished job: why, how many, what differs, and what is out of date."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +70,9 @@ def test_a_verdict_on_other_modules_than_are_chosen_is_out_of_date() -> None:
 def test_a_commit_stands_beside_its_suspect() -> None:
     session = SimpleNamespace(model="lab/x", revision="0123456789abcdef")
     assert describe_suspect(session) == "lab/x @ 0123456789ab"
+    below = SimpleNamespace(model="/models/lab/x", revision=None)
+    assert describe_suspect(below, Path("/models")) == "lab/x"
+    assert describe_suspect(below, Path("/other")) == "/models/lab/x"
     assert describe_suspect(SimpleNamespace(model="demo:end", revision=None)) == "demo:end"
 
 
