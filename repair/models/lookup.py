@@ -1,4 +1,4 @@
-"""What a name on the Hub means now: one or two short requests, nothing is downloaded.
+"""What a name on the Hub means now: short requests, and at most its config.json is downloaded.
 
 Also the words for what the Hub's client raises, the hashes by which the Hub lists files, and whose
 a token is. Free of torch.
@@ -6,13 +6,15 @@ a token is. Free of torch.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -23,6 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from repair.models.config import MAX_CONFIG_BYTES
 from repair.models.folder import ADAPTER_FILES, SMALL_FILES, WEIGHT_NAME, check_names
 from repair.records import RepairError
 
@@ -138,6 +141,27 @@ def look_up(
         sizes={name: files[name].size or 0 for name in wanted},
         hashes={name: listed_hash(files[name]) for name in wanted},
     )
+
+
+def read_config(found: HubModel, *, token: str | None = None) -> dict[str, Any]:
+    """Return the config.json of what was looked up, at its commit; {} where there is none to be
+    had, where it is large, or where it is not what the Hub lists."""
+    if not 0 < found.sizes.get("config.json", 0) <= MAX_CONFIG_BYTES:
+        return {}
+    with TemporaryDirectory() as folder, hub_errors(found.repo_id):
+        path = hf_hub_download(
+            found.repo_id, "config.json", revision=found.commit, token=token or False,
+            local_dir=folder,
+        )  # fmt: skip
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    if git_hash(data) != found.hashes["config.json"]:
+        return {}
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 @contextlib.contextmanager

@@ -19,14 +19,14 @@ import gradio as gr
 
 from repair.jobs import store
 from repair.jobs.launch import is_hub_id
-from repair.models.lookup import look_up
+from repair.models.lookup import look_up, read_config
 from repair.profiles import PROFILES
 from repair.prompts import prompt_file_from_json
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import owner_of, token_of
 from repair.ui.ask import MAX_QUESTIONS, Question, answers_to, describe_answer, questions_of
-from repair.ui.forecast import check_needs
+from repair.ui.forecast import check_needs, remember
 from repair.ui.prompts import flatten
 from repair.ui.repair import KINDS, RepairChoice, begin_repair
 from repair.ui.session import (
@@ -104,6 +104,8 @@ def build_api(settings: Settings) -> None:
         if not is_hub_id(source):
             return Session(model=source)
         found = look_up(source, token=token_of(request))
+        if found.kind == "model":
+            remember(found, read_config(found, token=token_of(request)))
         return Session(model=found.repo_id, revision=found.commit)
 
     def locate(

@@ -8,6 +8,7 @@ from typing import Any
 from repair import needs
 from repair.jobs import store
 from repair.machine import free_memory, has_gpu
+from repair.models.lookup import HubModel
 from repair.needs import ITEMSIZE, Need
 from repair.profiles import PROFILES
 from repair.records import RepairError
@@ -15,20 +16,26 @@ from repair.ui import text
 from repair.ui.session import Settings
 from repair.ui.suspect_folder import MAX_CONFIG_BYTES, find_folder
 
+# (Hub id, commit) -> (config.json, bytes of weights), of what was looked up last.
+DESCRIBED: dict[tuple[str, str], tuple[Mapping[str, Any], int]] = {}
+MAX_DESCRIBED = 64
+
 rate_here = functools.cache(needs.measured_rate)
 
 
 def forecast(asked: Mapping[str, Any], models_root: Path | None) -> tuple[Need, ...]:
     """Return what each step of a request will take; empty where that is not known before it runs:
-    a Hub model is not here yet, and some configurations say too little."""
-    try:
-        folder = find_folder(str(asked.get("model") or ""), models_root)
-        config = store.read_object(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
-        sizes = weight_sizes(folder)
-    except (RepairError, OSError):
-        return ()
+    a Hub model that was not looked up lately, or a configuration that says too little."""
+    config, num_bytes = DESCRIBED.get(hub_key(asked), ({}, 0))
+    if not config:
+        try:
+            folder = find_folder(str(asked.get("model") or ""), models_root)
+            config = store.read_object(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
+            num_bytes = sum(weight_sizes(folder))
+        except (RepairError, OSError):
+            return ()
     stored = ITEMSIZE[needs.stored_dtype(config)]
-    shape = needs.read_shape(config, num_parameters=sum(sizes) // stored or None)
+    shape = needs.read_shape(config, num_parameters=num_bytes // stored or None)
     if shape is None:
         return ()
     dtype = needs.loaded_dtype(config, str(asked.get("dtype") or "auto"), on_gpu=has_gpu())
@@ -36,6 +43,22 @@ def forecast(asked: Mapping[str, Any], models_root: Path | None) -> tuple[Need, 
         shape, needs.work_of(asked), itemsize=ITEMSIZE[dtype],
         rate=None if has_gpu() else rate_here(),
     )  # fmt: skip
+
+
+def hub_key(asked: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (Hub id, commit) of the whole model that a request loads, as in `DESCRIBED`."""
+    base, _, commit = str(asked.get("adapter_base") or "").partition("@")
+    if base and commit:
+        return base, commit
+    return str(asked.get("model") or ""), str(asked.get("revision") or "")
+
+
+def remember(found: HubModel, config: Mapping[str, Any]) -> None:
+    """Keep what a Hub model says of its shape, so that its needs can be told."""
+    sizes = [size for name, size in found.sizes.items() if name.endswith(".safetensors")]
+    DESCRIBED[found.repo_id, found.commit] = (config, sum(sizes))
+    while len(DESCRIBED) > MAX_DESCRIBED:
+        DESCRIBED.pop(next(iter(DESCRIBED)))
 
 
 def weight_sizes(folder: Path) -> list[int]:
@@ -50,8 +73,10 @@ def check_needs(asked: Mapping[str, Any], settings: Settings) -> None:
     if found and not has_gpu():
         needs.check_fits(found, available=free_memory(), where="memory")
     if found and asked.get("command") == "run":
-        folder = find_folder(str(asked["model"]), settings.models_root)
-        needs.check_disk(sum(weight_sizes(folder)), settings.jobs_root)
+        _, num_bytes = DESCRIBED.get(hub_key(asked), ({}, 0))
+        if not num_bytes:
+            num_bytes = sum(weight_sizes(find_folder(str(asked["model"]), settings.models_root)))
+        needs.check_disk(num_bytes, settings.jobs_root)
 
 
 def describe_needs(asked: Mapping[str, Any], models_root: Path | None) -> str:

@@ -27,6 +27,7 @@ from repair.ui.session import (
 )
 
 POLL_SECONDS = 0.7
+IDLE_SECONDS = 4.0  # another tab may have started the same case again
 Updates = dict[Any, Any]
 # Saved by the browser from what it shows: nothing more is read, and nothing is run.
 SAVE_LOG = """() => {
@@ -85,7 +86,9 @@ class Shell:
             self.selection: selection,
             self.seen: change_key(view),
             self.browser: view.session.job_id,
-            self.timer: gr.Timer(active=view.is_active),
+            self.timer: gr.Timer(
+                POLL_SECONDS if view.is_active else IDLE_SECONDS, active=view.folder is not None
+            ),
             **self.show_live(view),
             self.verdict: draw_verdict(view, selection),
         }
@@ -298,7 +301,7 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
     ) -> Updates:
         view = look(shell.settings, session, request)
         if change_key(view) == seen:
-            return shell.show_live(view)
+            return shell.show_live(view) if view.is_active else {shell.seen: gr.skip()}
         announce_end(view)
         # The suggestion is chosen when the map appears, and never again by itself.
         if view.scores and not (len(seen) > 3 and seen[3]):

@@ -101,7 +101,8 @@ def build_suspect(shell: Shell) -> None:
         if model is not None and is_hub_id(model):
             known = (("Hub id", model), ("Commit", view.session.revision or "not known"))
             rows = [list(row) for row in view.session.facts or known]
-            rows.append(["What a job needs", "Known when the model is here; more than its size."])
+            needed = describe_needs(new_request(view.session, profile="standard"), root)
+            rows.append(["What a job needs", needed or "Known when it has read the model."])
             words = "A model on the Hub. Its files are fetched, and checked, when a job starts."
         elif model is not None:
             try:

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import gradio as gr
 
-from repair.models.lookup import HubModel, describe_account, look_up
+from repair.models.lookup import HubModel, describe_account, look_up, read_config
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import TOKENS, name_of, owner_of, token_of
+from repair.ui.forecast import remember
 from repair.ui.session import Selection, Session, View
 from repair.ui.shell import Shell, Updates
 
@@ -63,7 +64,7 @@ def build_hub(shell: Shell, problem: gr.Textbox) -> None:
     hub_id = gr.Textbox(
         label="Hub id", elem_id="hub-id", max_length=400, placeholder="owner/name@revision",
         info="The owner's name, a slash, the model's name; behind an @ a branch, tag or commit. "
-        "Only its description is read now; files come when a job starts.",
+        "Only its description and config.json are read now; files come when a job starts.",
     )  # fmt: skip
     base_id = gr.Textbox(
         label="Base of an adapter", elem_id="base-id", max_length=400, placeholder="owner/name",
@@ -105,6 +106,7 @@ def build_hub(shell: Shell, problem: gr.Textbox) -> None:
             whole = find_base(found, str(base or "").strip(), token)
             base_source = f"{whole.repo_id}@{whole.commit}"
             facts += (("Base", whole.repo_id), ("Base's commit", whole.commit))
+        remember(whole, read_config(whole, token=token))
         if space is not None and whole.num_bytes > space.max_model_bytes:
             raise RepairError(
                 f"{whole.repo_id} has {text.describe_size(whole.num_bytes)}; this Space takes "

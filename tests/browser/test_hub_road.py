@@ -30,6 +30,8 @@ def test_sign_in_pull_repair_push_and_nothing_crosses(
     expect(page.locator("#model-facts")).to_contain_text(commit)
     wait_for_value(page, "#fact-suspect", "ana/suspect")
     wait_for_value(page, "#hub-account", "Signed in as ana")
+    # Its config.json says what a job will need, before any weight is fetched.
+    expect(page.locator("#model-facts")).to_contain_text("of memory, of")
     take_shot(page, "8_space_suspect")
 
     # The other user meanwhile: sees neither job nor model.

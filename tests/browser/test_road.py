@@ -296,6 +296,27 @@ def keep_a_case(page: Page) -> None:
     wait_for_value(page, "#cases-problem", "No such job")
 
 
+def test_an_idle_tab_notices_what_another_started(browser: Browser, address: str) -> None:
+    problems: list[str] = []
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    first = open_page(context, address, problems)
+    first.click("#example")
+    wait_for_value(first, "#fact-verdict", "Repaired")
+    second = open_page(context, address, problems)
+    wait_for_value(second, "#fact-verdict", "Repaired")
+    open_tab(second, "3 Locate")
+    open_tab(first, "4 Repair")
+    expect(first.locator("#start")).to_be_enabled()
+    first.click("#start")
+    wait_for_value(first, "#fact-job", "Running (repair)")
+    wait_for_value(second, "#fact-job", "Running (repair)")
+    assert "Repaired" not in value_of(second, "#fact-verdict")
+    second.click("#stop")
+    wait_for_value(second, "#fact-job", "Stopped")
+    wait_for_value(first, "#fact-job", "Stopped")
+    assert problems == []
+
+
 def test_two_browsers_see_two_sessions(browser: Browser, address: str) -> None:
     problems: list[str] = []
     first = open_page(browser.new_context(), address, problems)

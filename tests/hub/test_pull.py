@@ -1,5 +1,6 @@
 """What is pulled is the commit that was asked for, whole, and nobody else's."""
 
+import dataclasses
 import fcntl
 import hashlib
 import io
@@ -21,8 +22,9 @@ from repair.jobs.fetch import fetch_sources, read_sources
 from repair.jobs.worker import Reporter
 from repair.models.download import cache_folder, fetch, find_cached
 from repair.models.loading import load_model
-from repair.models.lookup import describe_account, look_up, parse_hub_id
+from repair.models.lookup import describe_account, look_up, parse_hub_id, read_config
 from repair.records import RepairError
+from repair.ui import forecast
 from tests.hub.conftest import files_of
 from tests.hub.server import Hub
 from tests.models.test_adapter_suspect import make_adapter
@@ -60,6 +62,35 @@ def test_a_branch_and_a_tag_and_a_commit_are_resolved_once(hub: Hub, model: str)
         assert found.commit == refs["v1"] and found.licence == "apache-2.0"
         assert look_up(f"{model}@{asked}").commit == refs["v1"]
     assert "run.py" not in look_up(model).sizes and "README.md" not in look_up(model).sizes
+
+
+def test_a_model_says_what_it_will_need_before_its_weights_come(
+    hub: Hub, model: str, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all files config.json alone is fetched, at the commit that was looked up, and only what
+    the Hub lists is believed."""
+    found = look_up(model)
+    assert read_config(found) == json.loads((tiny_llama_folder / "config.json").read_text())
+    assert hub.bytes_sent == found.sizes["config.json"]
+    asked = {"model": found.repo_id, "revision": found.commit, "profile": "quick"}
+    assert forecast.forecast(asked, None) == ()
+    monkeypatch.setattr(forecast, "DESCRIBED", {})
+    forecast.remember(found, read_config(found))
+    assert forecast.forecast(asked, None)
+    # The whole model of an adapter is its base.
+    adapter = {**asked, "model": "bob/lora", "adapter_base": f"{found.repo_id}@{found.commit}"}
+    assert forecast.forecast(adapter, None) == forecast.forecast(asked, None)
+    for odd in ({}, {"config.json": 0}, {"config.json": 2 << 20}):
+        assert read_config(dataclasses.replace(found, sizes=odd)) == {}
+    other = dataclasses.replace(found, hashes={"config.json": "0" * 40})
+    assert read_config(other) == {}
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff", b"[" * 100_000, b"{"])
+def test_a_description_that_is_none_is_taken_for_none(hub: Hub, content: bytes) -> None:
+    files = {"config.json": content, "tokenizer.json": b"{}", "model.safetensors": b"x" * 100}
+    hub.add_repo("ana/odd", files)
+    assert read_config(look_up("ana/odd")) == {}
 
 
 def test_only_allowed_files_come_and_the_size_is_known_before(
