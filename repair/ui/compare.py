@@ -11,6 +11,7 @@ from repair.ui.ask import Question, ask_and_wait, describe_answer
 from repair.ui.attempts import HEADERS, WIDTHS, list_attempts
 from repair.ui.compare_rows import (
     ALL,
+    MAX_ROWS,
     ONLY_REPAIRED,
     ONLY_SUSPECT,
     describe_cause,
@@ -71,7 +72,9 @@ def build_compare(shell: Shell) -> None:
             elem_id="returns", buttons=[], column_widths=["22%", "18%", "30%", "30%"],
         )  # fmt: skip
         gr.Markdown("### Prompt by prompt")
-        outcome = gr.Dropdown([("All", ALL)], value=ALL, label="Outcome", elem_id="outcome")
+        outcome = gr.Dropdown([("All", ALL)], value=ALL, label="Outcome", elem_id="outcome",
+                              info=f"The table shows the first {MAX_ROWS} of those chosen; "
+                              "samples.json in the case's folder has all.")  # fmt: skip
         table = gr.Dataframe(
             headers=["#", "Outcome", "Prompt kind", "Prompt", "Suspect", "Repaired"],
             datatype="str", interactive=False, show_label=False, max_height=320,

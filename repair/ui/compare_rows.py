@@ -11,6 +11,7 @@ from repair.ui.session import View
 MAX_ROWS = 2000
 ONLY_SUSPECT, ONLY_REPAIRED = "only the suspect says", "only the repaired says"
 MAX_WORDS = 400  # of an answer, in which differences are looked for
+MAX_ROWS = 300  # of the table of answers
 ALL = "all"
 BENIGN = ("clean", "near", "ordinary")
 KIND_WORDS = {
@@ -51,7 +52,15 @@ def list_outcomes(samples: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 
 def list_rows(samples: list[dict[str, str]], outcome: str) -> list[list[str]]:
-    """Return the table's rows; the first column finds the sample again."""
+    """Return the table's first rows; the first column finds the sample again.
+
+    A page takes in every cell anew at every event, so that thousands would make it slow.
+    """
+    chosen = [
+        (number, sample)
+        for number, sample in enumerate(samples, 1)
+        if outcome in (ALL, sample["outcome"])
+    ]
     return [
         [
             str(number),
@@ -65,8 +74,7 @@ def list_rows(samples: list[dict[str, str]], outcome: str) -> list[list[str]]:
             text.reveal(sample["before"], 120),
             text.reveal(sample["after"], 120),
         ]
-        for number, sample in enumerate(samples, 1)
-        if outcome in (ALL, sample["outcome"])
+        for number, sample in chosen[:MAX_ROWS]
     ]
 
 

@@ -260,8 +260,8 @@ def build_repair(shell: Shell) -> None:
             updates[component] = update
         return updates
 
-    shell.live_draws.append(draw_live)
-    shell.add(draw, [plan, start, go_on, curves, latest, *plots, *settings])
+    shell.add_live(draw_live, [curves, latest, *plots])
+    shell.add(draw, [plan, start, go_on, *settings])
 
     def begin(
         session: Session, selection: Selection, request: gr.Request, *values: Any

@@ -5,6 +5,7 @@ everything on screen is then drawn from the job folder anew, so that no stale fi
 """
 
 import html
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from repair.ui.session import (
 )
 
 POLL_SECONDS = 0.7
-IDLE_SECONDS = 4.0  # another tab may have started the same case again
+IDLE_SECONDS = 5.0
 Updates = dict[Any, Any]
 # Saved by the browser from what it shows: nothing more is read, and nothing is run.
 SAVE_LOG = """() => {
@@ -49,9 +50,12 @@ class Shell:
     settings: Settings
     session: gr.State
     selection: gr.State
-    seen: gr.State
+    seen: gr.State  # the `change_key` that the screen shows
+    due: gr.State  # changed by a tick that saw another one: then everything is drawn
+    told: gr.State  # the number of reported figures that the curves show
     browser: gr.BrowserState
-    timer: gr.Timer
+    timer: gr.Timer  # while the job runs
+    idle: gr.Timer  # while it does not: another tab may start it again
     suspect: gr.Textbox
     trigger: gr.Textbox
     job: gr.Textbox
@@ -64,6 +68,7 @@ class Shell:
     tabs: gr.Tabs | None = None
     draws: list[Draw] = field(default_factory=list)
     live_draws: list[Callable[[View], Updates]] = field(default_factory=list)
+    live_outputs: list[Any] = field(default_factory=list)  # all that a tick touches
     outputs: list[Any] = field(default_factory=list)
     # What a tab draws when it is opened: components, and the function that draws them.
     on_tab: dict[str, tuple[Sequence[Any], Callable[[View, Selection], Updates]]] = field(
@@ -86,22 +91,23 @@ class Shell:
             self.selection: selection,
             self.seen: change_key(view),
             self.browser: view.session.job_id,
-            self.timer: gr.Timer(
-                POLL_SECONDS if view.is_active else IDLE_SECONDS, active=view.folder is not None
-            ),
-            **self.show_live(view),
+            self.timer: gr.Timer(active=view.is_active),
+            self.idle: gr.Timer(active=view.folder is not None and not view.is_active),
+            self.told: len(view.log.metrics),
+            **draw_header(self, view),
             self.verdict: draw_verdict(view, selection),
         }
+        for draw in self.live_draws:
+            updates |= draw(view)
         for draw in self.draws:
             updates |= draw(view, selection, is_fresh)
         return updates
 
-    def show_live(self, view: View) -> Updates:
-        """Draw what changes while a job runs."""
-        updates = draw_header(self, view)
-        for draw in self.live_draws:
-            updates |= draw(view)
-        return updates
+    def add_live(self, draw: Callable[[View], Updates], outputs: Sequence[Any]) -> None:
+        """Register what is drawn anew whenever a running job has reported figures."""
+        self.live_draws.append(draw)
+        self.live_outputs += outputs
+        self.outputs += [component for component in outputs if component not in self.outputs]
 
     def listen(
         self,
@@ -211,14 +217,18 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
         session=gr.State(Session()),
         selection=gr.State(Selection()),
         seen=gr.State(()),
+        due=gr.State(0),
+        told=gr.State(0),
         browser=gr.BrowserState(None, storage_key="llm-repair-job", secret=storage_secret),
         timer=gr.Timer(POLL_SECONDS, active=False),
+        idle=gr.Timer(IDLE_SECONDS, active=False),
         suspect=boxes[0], trigger=boxes[1], job=boxes[2], verdict=boxes[3],
         panel=panel, now=now, progress=progress, history=history, stop=stop,
     )  # fmt: skip
+    shell.live_outputs += [shell.told, *boxes, panel, now, progress, history, stop]
     shell.outputs += [
-        shell.session, shell.selection, shell.seen, shell.browser, shell.timer, *boxes, panel,
-        now, progress, history, stop,
+        shell.session, shell.selection, shell.seen, shell.browser, shell.timer,
+        shell.idle, *shell.live_outputs,
     ]  # fmt: skip
     return shell
 
@@ -297,11 +307,28 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
     """Wire polling, stop, and the return of a browser; call it after all tabs."""
 
     def tick(
+        request: gr.Request, session: Session, seen: tuple[Any, ...], told: int
+    ) -> Updates:
+        view = look(shell.settings, session, request)
+        num_told = len(view.log.metrics)
+        updates: Updates = {**draw_header(shell, view), shell.told: num_told}
+        for draw in shell.live_draws if num_told != told else ():
+            updates |= draw(view)
+        return updates | look_idly(request, session, seen)
+
+    def look_idly(request: gr.Request, session: Session, seen: tuple[Any, ...]) -> Updates:
+        view = look(shell.settings, session, request)
+        # A case that another tab has deleted stays on screen until something is asked of it.
+        if view.folder is None or change_key(view) == seen:
+            return {shell.due: gr.skip()}
+        return {shell.due: time.monotonic_ns()}
+
+    def redraw(
         request: gr.Request, session: Session, selection: Selection, seen: tuple[Any, ...]
     ) -> Updates:
         view = look(shell.settings, session, request)
         if change_key(view) == seen:
-            return shell.show_live(view) if view.is_active else {shell.seen: gr.skip()}
+            return {shell.seen: gr.skip()}  # Somebody's click came first.
         announce_end(view)
         # The suggestion is chosen when the map appears, and never again by itself.
         if view.scores and not (len(seen) > 3 and seen[3]):
@@ -338,7 +365,16 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
             show_progress="hidden",
             api_visibility="private",
         )
-    shell.timer.tick(tick, inputs=[shell.session, shell.selection, shell.seen], **options)
+    # A tick names only what it touches: a page takes in every output that is named.
+    shell.timer.tick(
+        tick,
+        inputs=[shell.session, shell.seen, shell.told],
+        **{**options, "outputs": [*shell.live_outputs, shell.due]},
+    )
+    shell.idle.tick(
+        look_idly, inputs=[shell.session, shell.seen], **{**options, "outputs": [shell.due]}
+    )
+    shell.due.change(redraw, inputs=[shell.session, shell.selection, shell.seen], **options)
     shell.stop.click(stop, inputs=[shell.session, shell.selection], **options)
     for say, box in shell.on_load:
         demo.load(say, outputs=[box], show_progress="hidden", api_visibility="private")

@@ -1,9 +1,10 @@
 """Every state of the app, light and dark side by side, as the browser tests saw it last.
 
+    SHOTS=1 python -m pytest tests/browser tests/browser/hub_road.py
     python -m tests.browser.screens
 
-Run it after the browser tests, which leave their pictures in `shots/` (not kept). It writes
-`screens/NAME.webp` and `screens/README.md`, which are kept: a change of the app is looked at there.
+The first leaves its pictures in `shots/` (not kept). The second writes `screens/NAME.webp` and
+`screens/README.md`, which are kept: a change of the app is looked at there.
 """
 
 import sys

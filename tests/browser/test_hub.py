@@ -1,4 +1,4 @@
-"""The app as a Space, with its Hub and its sign-in; the whole road is in `test_hub_road.py`.
+"""The app as a Space, with its Hub and its sign-in; the whole road is in `hub_road.py`.
 
 The Hub and its sign-in are the loopback stand-in of `tests/hub/server.py`; everything else is real.
 """

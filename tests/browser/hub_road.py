@@ -1,4 +1,9 @@
-"""The app as a Space, the whole road: sign in, pull a suspect by its id, repair it, push it."""
+"""The app as a Space, the whole road: sign in, pull a suspect by its id, repair it, push it.
+
+    python -m pytest tests/browser/hub_road.py
+
+Minutes, so it is no part of the suite, which has the same calls without a browser (`tests/hub`).
+"""
 
 import json
 from pathlib import Path
