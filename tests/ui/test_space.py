@@ -22,12 +22,19 @@ SIGN_IN = {
     "OAUTH_SCOPES": "openid",
     "OPENID_PROVIDER_URL": "http://127.0.0.1:9",
 }  # fmt: skip
+NO_WAY_OUT = {
+    name: "http://127.0.0.1:9"
+    for name in ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy",
+                 "https_proxy", "all_proxy")
+}  # fmt: skip
 STARTS = {
     "Space": {"SYSTEM": "spaces", "SPACE_ID": "a/b", "GRADIO_SERVER_NAME": "0.0.0.0", **SIGN_IN},
     "Space without sign-in": {"SYSTEM": "spaces", "SPACE_ID": "a/b"},
     "ZeroGPU": {"SYSTEM": "spaces", "SPACE_ID": "a/b", "SPACES_ZERO_GPU": "true", **SIGN_IN},
     "with a token": {"HF_TOKEN": "hf_canary"},
     "offline": {"HF_HUB_OFFLINE": "1"},
+    "no way out": NO_WAY_OUT,
+    "Space with no way out": {"SYSTEM": "spaces", "SPACE_ID": "a/b", **NO_WAY_OUT},
     "LAN with accounts": {},
 }
 
