@@ -26,6 +26,10 @@ OPEN_ALL = """() => document.querySelectorAll('button.label-wrap').forEach((butt
 def find_offences(page: Page, **options: object) -> list[str]:
     """Return what axe-core finds on the page as it is, as `rule: element`."""
     page.wait_for_timeout(200)
+    # A colour on its way to another is no colour of ours.
+    page.wait_for_function(
+        "document.getAnimations().every((one) => !(one instanceof CSSTransition))"
+    )
     options["resultTypes"] = ["violations"]  # what it finds right is not described, only counted
     found = page.evaluate("(options) => axe.run(document, options)", options)
     assert found["passes"]  # it did look
