@@ -91,8 +91,8 @@ def main() -> int:
     lines = [
         "# Every state, light and dark", "",
         "Made by `python -m tests.browser.screens` from what the browser tests saw.",
-        "The theme is switched while the page is open: a chart of Gradio then keeps the colour of its",
-        "words, so they are hard to read here; in a page that is opened dark they are light.", "",
+        "The theme is switched while the page is open: a chart of Gradio then keeps the colour of",
+        "its words, so they are hard to read here; in a page opened dark they are light.", "",
     ]  # fmt: skip
     for name, words in STATES.items():
         pair(name).save(SCREENS / f"{name}.webp", quality=60, method=6)
