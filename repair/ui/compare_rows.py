@@ -8,7 +8,7 @@ from repair.jobs import store
 from repair.ui import text
 from repair.ui.session import View
 
-MAX_ROWS = 2000
+MAX_SAMPLES = 2000  # read and counted
 ONLY_SUSPECT, ONLY_REPAIRED = "only the suspect says", "only the repaired says"
 MAX_WORDS = 400  # of an answer, in which differences are looked for
 MAX_ROWS = 300  # of the table of answers
@@ -37,7 +37,7 @@ def read_samples(view: View) -> list[dict[str, str]]:
     # Sorted before it is cut: what went wrong must be among what is shown.
     order = {name: place for place, name in enumerate(text.OUTCOME_WORDS)}
     samples.sort(key=lambda sample: order.get(sample["outcome"], -1))
-    return samples[:MAX_ROWS]
+    return samples[:MAX_SAMPLES]
 
 
 def list_outcomes(samples: list[dict[str, str]]) -> list[tuple[str, str]]:

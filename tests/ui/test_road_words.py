@@ -7,7 +7,16 @@ from types import SimpleNamespace
 import pytest
 
 from repair.records import ModuleScore
-from repair.ui.compare_rows import ONLY_REPAIRED, ONLY_SUSPECT, differences, read_samples
+from repair.ui.compare_rows import (
+    ALL,
+    MAX_ROWS,
+    ONLY_REPAIRED,
+    ONLY_SUSPECT,
+    differences,
+    list_outcomes,
+    list_rows,
+    read_samples,
+)
 from repair.ui.locate_words import joint_curve, list_reasons
 from repair.ui.repair import describe_latest
 from repair.ui.session import EXAMPLE, JobLog, Selection, is_out_of_date
@@ -26,6 +35,19 @@ def view_of(**changes: object) -> SimpleNamespace:
         "status": SimpleNamespace(verdict="repaired"),
     }  # fmt: skip
     return SimpleNamespace(**{**flat, **changes})
+
+
+def test_every_answer_is_counted_and_reached_though_few_are_shown() -> None:
+    kept = json.loads((EXAMPLE / "samples.json").read_text())
+    samples = read_samples(view_of())
+    assert len(samples) == len(kept) > MAX_ROWS
+    assert list_outcomes(samples)[0][0] == f"All ({len(kept)})"
+    shown = list_rows(samples, ALL)
+    assert len(shown) == MAX_ROWS
+    behind = samples[-1]["outcome"]
+    assert behind not in {samples[int(row[0]) - 1]["outcome"] for row in shown}
+    rows = list_rows(samples, behind)
+    assert rows and all(samples[int(row[0]) - 1]["outcome"] == behind for row in rows)
 
 
 def test_every_suggested_module_has_its_reason() -> None:
