@@ -115,9 +115,7 @@ def evaluate_candidate(
     `candidate` may be the original itself, or another live model with the same tokenizer.
     `as_merged` measures the weights that a merged export holds, rounded to the files' dtype.
     """
-    changed = partial(apply_updates, candidate.model, updates)
-    if as_merged:
-        changed = as_exported(candidate, updates)
+    changed = _applied(candidate, updates, as_merged)
     with changed():
         answers = _ask(candidate, material, baseline.shams, progress)
     inside = changed if updates else None
@@ -137,9 +135,7 @@ def evaluate_control(
 ) -> tuple[dict[str, Rate], dict[str, Rate], float]:
     """Return what a control is compared by: attack success and recovery by position, and the KL
     (nats per token) from the suspect, as `evaluate_candidate` measures them; no more is asked."""
-    changed = partial(apply_updates, loaded.model, updates)
-    if as_merged:
-        changed = as_exported(loaded, updates)
+    changed = _applied(loaded, updates, as_merged)
     pairs = material.pairs
     with changed():
         given = iter(
@@ -159,6 +155,15 @@ def evaluate_control(
         {p: _rate(material.is_payload(a.text) for a in group) for p, group in answers.items()},
         {p: _recovery(material, p, group, clean) for p, group in answers.items()},
         cost.kl,
+    )
+
+
+def _applied(
+    loaded: LoadedModel, updates: Sequence[LowRankUpdate], as_merged: bool
+) -> Callable[[], AbstractContextManager]:
+    """Return what runs the model with `updates`, as they are or as a merged export holds them."""
+    return as_exported(loaded, updates) if as_merged else partial(
+        apply_updates, loaded.model, updates
     )
 
 

@@ -26,14 +26,9 @@ rate_here = functools.cache(needs.measured_rate)
 def forecast(asked: Mapping[str, Any], models_root: Path | None) -> tuple[Need, ...]:
     """Return what each step of a request will take; empty where that is not known before it runs:
     a Hub model that was not looked up lately, or a configuration that says too little."""
-    config, num_bytes = DESCRIBED.get(hub_key(asked), ({}, 0))
+    config, num_bytes = find_description(asked, models_root)
     if not config:
-        try:
-            folder = find_folder(str(asked.get("model") or ""), models_root)
-            config = store.read_object(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
-            num_bytes = sum(weight_sizes(folder))
-        except (RepairError, OSError):
-            return ()
+        return ()
     stored = ITEMSIZE[needs.stored_dtype(config)]
     shape = needs.read_shape(config, num_parameters=num_bytes // stored or None)
     if shape is None:
@@ -43,6 +38,22 @@ def forecast(asked: Mapping[str, Any], models_root: Path | None) -> tuple[Need, 
         shape, needs.work_of(asked), itemsize=ITEMSIZE[dtype],
         rate=None if has_gpu() else rate_here(),
     )  # fmt: skip
+
+
+def find_description(
+    asked: Mapping[str, Any], models_root: Path | None
+) -> tuple[Mapping[str, Any], int]:
+    """Return (config.json, bytes of weights) of the model that a request loads; ({}, 0) where
+    neither a look-up nor a folder has it."""
+    known = DESCRIBED.get(hub_key(asked))
+    if known is not None:
+        return known
+    try:
+        folder = find_folder(str(asked.get("model") or ""), models_root)
+        config = store.read_object(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
+        return config, sum(weight_sizes(folder))
+    except (RepairError, OSError):
+        return {}, 0
 
 
 def hub_key(asked: Mapping[str, Any]) -> tuple[str, str]:
@@ -73,9 +84,7 @@ def check_needs(asked: Mapping[str, Any], settings: Settings) -> None:
     if found and not has_gpu():
         needs.check_fits(found, available=free_memory(), where="memory")
     if found and asked.get("command") == "run":
-        _, num_bytes = DESCRIBED.get(hub_key(asked), ({}, 0))
-        if not num_bytes:
-            num_bytes = sum(weight_sizes(find_folder(str(asked["model"]), settings.models_root)))
+        _, num_bytes = find_description(asked, settings.models_root)
         needs.check_disk(num_bytes, settings.jobs_root)
 
 

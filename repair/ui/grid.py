@@ -142,17 +142,20 @@ def describe(
 
 
 def strongest(
-    layer: int, columns: Sequence[str], cells: Sequence[dict[str, Any]]
+    layer: int,
+    columns: Sequence[str],
+    cells: Sequence[dict[str, Any]],
+    values: dict[str, float | None],
 ) -> dict[str, str] | None:
     """Return a layer's mark in the strip: the colour and the number of its largest cell."""
     known = [
-        (abs(float(cell["text"].lstrip("~"))), column, cell)
+        (column, cell)
         for column, cell in zip(columns, cells, strict=True)
         if cell["kind"] == "known"
     ]
     if not known:
         return None
-    _, column, cell = max(known, key=lambda entry: entry[0])
+    column, cell = max(known, key=lambda entry: abs(values[entry[1]["path"]] or 0.0))
     words = f"Layer {layer}: largest {cell['text']}, {column}. Click to go there."
     return {"light": cell["light"], "dark": cell["dark"], "words": words}
 
@@ -200,7 +203,8 @@ def panel(
                 share = math.log(value / bottom) / span if span > 0 else 0.5
                 cell |= {"kind": "known", "text": short(value), **paint(VIRIDIS, VIRIDIS, share)}
             cells.append(cell)
-        rows.append({"layer": layer, "cells": cells, "strip": strongest(layer, columns, cells)})
+        strip = strongest(layer, columns, cells, values)
+        rows.append({"layer": layer, "cells": cells, "strip": strip})
     light, dark = (SIGNED_LIGHT, SIGNED_DARK) if is_signed else (VIRIDIS, VIRIDIS)
     return {
         "name": name, "title": title, "hint": hint, "low": low, "high": high,

@@ -314,10 +314,12 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         updates: Updates = {**draw_header(shell, view), shell.told: num_told}
         for draw in shell.live_draws if num_told != told else ():
             updates |= draw(view)
-        return updates | look_idly(request, session, seen)
+        return updates | find_due(view, seen)
 
     def look_idly(request: gr.Request, session: Session, seen: tuple[Any, ...]) -> Updates:
-        view = look(shell.settings, session, request)
+        return find_due(look(shell.settings, session, request), seen)
+
+    def find_due(view: View, seen: tuple[Any, ...]) -> Updates:
         # A case that another tab has deleted stays on screen until something is asked of it.
         if view.folder is None or change_key(view) == seen:
             return {shell.due: gr.skip()}
