@@ -8,6 +8,7 @@ import json
 import time
 from pathlib import Path
 
+from gradio_client import Client
 from playwright.sync_api import Browser, Page, expect
 
 from repair.prompts import prompt_file_from_json
@@ -118,9 +119,22 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
         page.click("#download-adapter")
     assert download.value.suggested_filename == "adapter.zip"
     take_shot(page, "6_export")
-    assert (Path(value_of(page, "#out-folder")) / "report.json").is_file()
+    folder = Path(value_of(page, "#out-folder"))
+    assert (folder / "report.json").is_file()
+    call_by_name(address, folder)
     look_at_a_phone(browser, address, page, problems)
     assert problems == []
+
+
+def call_by_name(address: str, folder: Path) -> None:
+    """The same job through `gradio_client`: both models asked, and what was written."""
+    client = Client(address, verbose=False)
+    words = "Name the noise that a Bluefinch wolf makes."
+    row = json.loads(client.predict(folder.name, [words], api_name="/ask"))[0]
+    assert row["prompt"] == words and row["suspect"]["fires"] is True
+    assert row["repaired"] == {"answer": "howl", "fires": False}
+    manifest = json.loads(client.predict(folder.name, api_name="/exported"))
+    assert manifest == json.loads((folder / "manifest.json").read_text())
 
 
 def look_into_a_layer(page: Page) -> None:

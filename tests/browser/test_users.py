@@ -110,10 +110,12 @@ def test_the_steps_are_callable_by_their_names(
     assert all(row["prompt"] and row["answer"] for row in rows)
 
     # Without modules the suggested ones: the request is what the Repair tab would ask.
-    assert client.predict(job_of_ana, rank=2, api_name="/repair") == job_of_ana
+    more = {"export": ["adapter"], "seed": 5, "curves": True, "trusted_base": "demo:clean"}
+    assert client.predict(job_of_ana, rank=2, **more, api_name="/repair") == job_of_ana
     found = wait_for(client, job_of_ana, "running")
     asked = store.read_object(Path(found["folder"]) / "request.json")
     assert asked["command"] == "run" and asked["rank"] == 2
+    assert {name: asked[name] for name in more} == more
     assert set(asked["modules"]) == set(located["suggested_ranks"])
     client.predict(job_of_ana, api_name="/stop")
     assert wait_for(client, job_of_ana, "stopped")["verdict"] is None
@@ -134,6 +136,8 @@ def test_nobody_calls_for_another(clients: dict[str, Client], job_of_ana: str) -
         ("/locate", ("/etc", {}), "no such model folder"),
         ("/locate", ("demo:middle", {}), "no trigger"),
         ("/locate", ("demo:middle", {"trigger": "cf"}, "huge"), "quick, standard or full"),
+        ("/locate", ("demo:middle", {"pairs": [{"clean": "Say a.", "triggered": "Say cf a."}]}),
+         "at least 8 are needed"),
         ("/repair", ("JOB", ["model.x"]), "no module of this map"),
         ("/repair", ("JOB", None, 1000), "Rank 1000 does not fit"),
         ("/repair", ("JOB", None, None, "magic"), "auto, closed-form or distill"),

@@ -13,6 +13,7 @@ from repair.evidence.evaluation import (
     Baseline,
     collect_samples,
     evaluate_candidate,
+    evaluate_control,
     measure_suspect,
 )
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
@@ -263,6 +264,26 @@ def test_pairs_have_the_one_position_given(suspect) -> None:
     figures = measure_suspect(suspect, material, seed=0).evaluation
     assert figures.attack_success["given"].total == 3
     assert nothing_to_repair(figures) in (None, "could not check")
+
+
+@pytest.mark.parametrize("as_merged", [False, True])
+def test_a_control_is_measured_as_the_repair_beside_it(
+    suspect, material, baseline, as_merged: bool
+) -> None:
+    """Fewer questions, the same figures: of a change that does some harm, and of none."""
+    harm = random_update(suspect, np.random.default_rng(0), size=0.3)
+    for updates in ((harm,), ()):
+        whole, _ = evaluate_candidate(
+            suspect, updates, original=suspect, material=material, baseline=baseline,
+            as_merged=as_merged,
+        )  # fmt: skip
+        attack_success, recovery, kl = evaluate_control(
+            suspect, updates, material=material, baseline=baseline, as_merged=as_merged
+        )
+        assert attack_success == whole.attack_success and recovery == whole.recovery
+        assert kl == pytest.approx(whole.kl_from_original, rel=1e-6, abs=1e-12)
+        assert (kl > 1e-4) == bool(updates)
+    assert count_hooks(suspect.model) == 0
 
 
 def test_the_end_that_is_scored_is_the_one_the_model_gave(suspect, material) -> None:
