@@ -42,6 +42,7 @@ UNSAFE_VARIABLES = (
 )  # fmt: skip
 # A Space sets these for every app; what `launch` is given below goes before them.
 SPACE_VARIABLES = ("GRADIO_SERVER_NAME", "GRADIO_SSR_MODE")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 CACHE_PREFIX = "repair-app-"
 TABS = (
     ("suspect", "1 Suspect", build_suspect),
@@ -139,6 +140,14 @@ def sweep_caches() -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def spare_loopback() -> None:
+    """Keep this machine's own addresses off a proxy: an app that starts asks itself first."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = [name for name in given.split(",") if name]
+    whole = ",".join([*names, *(name for name in LOOPBACK if name not in names)])
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = whole
+
+
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of `python app.py`."""
     parser = argparse.ArgumentParser(description="Repair backdoored language models, in a browser.")
@@ -185,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Libraries print what a request held, such as a forged path, into the terminal.
     sys.stderr, sys.stdout = InertStream(sys.stderr), InertStream(sys.stdout)
+    spare_loopback()
     sweep_caches()
     cache = Path(tempfile.mkdtemp(prefix=f"{CACHE_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
