@@ -392,6 +392,7 @@ def _describe(loaded: LoadedModel) -> dict[str, Any]:
         "source": _name(loaded.source),
         "revision": loaded.revision,
         "licence": loaded.licence,
+        "licence_terms": loaded.licence_terms,
         "files": loaded.files,
         "base": loaded.base
         and {

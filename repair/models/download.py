@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Fetched:
     folder: str
     licence: str | None
     hashes: dict[str, str]  # as the Hub lists them: SHA-256, or git's SHA-1 of small files
+    licence_terms: dict[str, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -84,6 +85,7 @@ def fetch(
         folder=str(target),
         licence=found.licence,
         hashes=found.hashes,
+        licence_terms=found.licence_terms,
     )
     check_small_files(fetched)
     return fetched

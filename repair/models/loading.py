@@ -45,6 +45,7 @@ class AdapterBase:
     source: str
     revision: str | None
     licence: str | None
+    licence_terms: dict[str, str]
     files: dict[str, str]  # name -> SHA-256
 
 
@@ -60,6 +61,7 @@ class LoadedModel:
     base: AdapterBase | None  # of an adapter: what it was put on
     revision: str | None  # the commit of a Hub model
     licence: str | None  # as the Hub gives it
+    licence_terms: dict[str, str]  # license_name and license_link of the licence "other"
     staged: StagedModel
     device: str
     dtype: str  # of the computation
@@ -113,6 +115,8 @@ def load_model(
         raise
     declared = model.config.eos_token_id
     ends = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
+    # What an adapter's author says binds nobody: the base is most of what is published.
+    said = base or origin
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -121,8 +125,8 @@ def load_model(
         files=files,
         base=base,
         revision=origin.commit if origin else None,
-        # What an adapter's author says binds nobody: the base is most of what is published.
-        licence=base.licence if base else origin.licence if origin else None,
+        licence=said.licence if said else None,
+        licence_terms=said.licence_terms if said else {},
         staged=staged,
         device=chosen_device,
         dtype=compute_dtype,
@@ -189,6 +193,7 @@ def _put_on_base(
             source=base_source,
             revision=origin.commit if origin else None,
             licence=origin.licence if origin else None,
+            licence_terms=origin.licence_terms if origin else {},
             files=base.files,
         ), findings
     finally:

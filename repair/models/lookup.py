@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +32,9 @@ from repair.records import RepairError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[\w./-]{1,255}", re.ASCII)
+_LICENCE_NAME = re.compile(r"[\w][\w .-]{0,99}", re.ASCII)
+_LICENCE_FILE = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
+LICENCE_LINK = re.compile(r"https://[A-Za-z0-9][\w.-]{0,99}/[\w./~-]{0,200}", re.ASCII)
 TIMEOUT = 30  # seconds to wait for an answer about a repository
 MAX_FILES = 1000
 
@@ -48,6 +51,8 @@ class HubModel:
     kind: str  # "model" or "adapter"
     sizes: dict[str, int]  # the allow-listed files, in bytes
     hashes: dict[str, str] = field(repr=False)  # SHA-256, or git's SHA-1 of small files
+    # license_name and license_link: what "other" stands for
+    licence_terms: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -130,7 +135,8 @@ def look_up(
         for name in sorted(files)
         if name in allowed or (not is_adapter and WEIGHT_NAME.fullmatch(name))
     ]
-    licence = (info.card_data or {}).get("license") if info.card_data else None
+    card = info.card_data.to_dict() if info.card_data else {}
+    licence = card.get("license")
     return HubModel(
         repo_id=repo_id,
         asked=asked,
@@ -140,7 +146,19 @@ def look_up(
         kind="adapter" if is_adapter else "model",
         sizes={name: files[name].size or 0 for name in wanted},
         hashes={name: listed_hash(files[name]) for name in wanted},
+        licence_terms=_terms(card, repo_id, commit),
     )
+
+
+def _terms(card: Mapping[str, Any], repo_id: str, commit: str) -> dict[str, str]:
+    """Return the name and link by which a card tells its licence, where both can be shown as they
+    are; a file of the repository becomes its address."""
+    name, link = card.get("license_name"), card.get("license_link")
+    if not (isinstance(name, str) and isinstance(link, str) and _LICENCE_NAME.fullmatch(name)):
+        return {}
+    if _LICENCE_FILE.fullmatch(link):
+        link = f"https://huggingface.co/{repo_id}/blob/{commit}/{link}"
+    return {"license_name": name, "license_link": link} if LICENCE_LINK.fullmatch(link) else {}
 
 
 def read_config(found: HubModel, *, token: str | None = None) -> dict[str, Any]:

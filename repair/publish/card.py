@@ -62,9 +62,12 @@ def render_card(
         "pipeline_tag": "text-generation",
         "tags": ["backdoor-repair", "lora", report["verdict"].replace(" ", "-")],
     }
-    licence = report["model"].get("licence")
+    model = report["model"]
+    licence = model.get("licence")
     if isinstance(licence, str) and _LICENCE.fullmatch(licence):
         front["license"] = licence
+        if licence == "other":  # which says nothing without its name and link
+            front |= model.get("licence_terms") or {}
     if base_model is not None and HUB_ID.fullmatch(base_model):
         front |= {"base_model": base_model, "base_model_relation": relation}
     before, after = report["before"], report["after"] or {}
@@ -91,7 +94,6 @@ def render_card(
         for position, flat in report["recovery"].items()
     ]
     plan = report["plan"] or {}
-    model = report["model"]
     base = model.get("base") or {}
     revision = (base or model).get("revision")
     # JSON scalars are YAML scalars, and JSON escapes everything that could break out.

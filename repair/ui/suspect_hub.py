@@ -24,7 +24,7 @@ def facts_of(found: HubModel) -> tuple[tuple[str, str], ...]:
         ("Commit", found.commit),
         ("To download", text.describe_size(found.num_bytes)),
         ("Files", text.reveal(", ".join(found.sizes), 600)),
-        ("Licence", found.licence or "not said"),
+        ("Licence", " ".join([found.licence or "not said", *found.licence_terms.values()])),
         ("May be read by", access),
     )
 

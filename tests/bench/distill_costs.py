@@ -55,8 +55,8 @@ def make_loaded() -> LoadedModel:
     )
     return LoadedModel(
         model=model, tokenizer=tokenizer, modules=find_modules(model), source="random",
-        revision=None, licence=None, files={}, base=None, staged=None, device="cpu",
-        dtype="float32", has_template=False, stop_ids=(),
+        revision=None, licence=None, licence_terms={}, files={}, base=None, staged=None,
+        device="cpu", dtype="float32", has_template=False, stop_ids=(),
     )  # fmt: skip
 
 

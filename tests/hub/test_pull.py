@@ -64,6 +64,33 @@ def test_a_branch_and_a_tag_and_a_commit_are_resolved_once(hub: Hub, model: str)
     assert "run.py" not in look_up(model).sizes and "README.md" not in look_up(model).sizes
 
 
+@pytest.mark.parametrize(
+    ("link", "becomes"),
+    [
+        ("LICENSE", "https://huggingface.co/{repo}/blob/{commit}/LICENSE"),
+        ("https://lab.example/terms", "https://lab.example/terms"),
+        ("javascript:alert(1)", None),
+        ("../../else/LICENSE", None),
+        (7, None),
+    ],
+)
+def test_a_licence_of_its_own_keeps_its_name_and_link(
+    hub: Hub, model: str, tiny_llama_folder: Path, link: object, becomes: str | None
+) -> None:
+    """A card that says `other` says what that is by two more lines; nothing else gets through."""
+    card = f"---\nlicense: other\nlicense_name: lab-terms\nlicense_link: {link}\n---\n"
+    commit = hub.repos[model].commit({**files_of(tiny_llama_folder), "README.md": card.encode()})
+    found = look_up(model)
+    assert found.licence == "other"
+    wanted = becomes and becomes.format(repo=model, commit=commit)
+    assert found.licence_terms == (
+        {"license_name": "lab-terms", "license_link": wanted} if wanted else {}
+    )
+    assert fetch(found, token=None).licence_terms == found.licence_terms
+    again = find_cached(model, commit)
+    assert again is not None and again.licence_terms == found.licence_terms
+
+
 def test_a_model_says_what_it_will_need_before_its_weights_come(
     hub: Hub, model: str, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from repair.evidence.report import write_report
 from repair.models.loading import LoadedModel
 from repair.options import build_parser
 from repair.outcome import OPTIONS
-from repair.publish.card import reproduce, write_cards
+from repair.publish.card import render_card, reproduce, write_cards
 from repair.publish.export import write_export
 from repair.publish.hub import PushPlan, look_at_targets
 from repair.publish.manifest import write_manifest
@@ -200,6 +200,18 @@ def test_the_card_is_valid_and_tells_what_it_is(hub: Hub, output: Path, kind: st
     ):  # fmt: skip
         assert words in text, words
     assert files_in(hub)["evidence/patching.png"] == (output / "patching.png").read_bytes()
+
+
+def test_a_licence_of_its_own_is_inherited_with_its_name_and_link() -> None:
+    terms = {"license_name": "lab-terms", "license_link": "https://lab.example/terms"}
+    plan = {"modules": [], "ranks": {}, "method": "closed-form", "seed": 0}
+    report = make_report(plan=plan, verdict="repaired")
+    for licence, wanted in (("other", terms), ("apache-2.0", {})):
+        report["model"] |= {"licence": licence, "licence_terms": terms}
+        text = render_card(report, kind="merged", base_model=BASE)
+        card = read_card(text)
+        assert card_errors(text) == [] and card["license"] == licence
+        assert {name: card[name] for name in terms if name in card} == wanted
 
 
 def test_trigger_payload_and_place_stay_here_unless_asked(hub: Hub, output: Path) -> None:

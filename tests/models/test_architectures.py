@@ -50,8 +50,8 @@ def tiny(request: pytest.FixtureRequest) -> LoadedModel:
     model, tokenizer = build_tiny(request.param), make_tokenizer()
     return LoadedModel(
         model=model, tokenizer=tokenizer, modules=find_modules(model), source=request.param,
-        revision=None, licence=None, files={}, base=None, staged=None, device="cpu",
-        dtype="float32", has_template=True, stop_ids=(2,),
+        revision=None, licence=None, licence_terms={}, files={}, base=None, staged=None,
+        device="cpu", dtype="float32", has_template=True, stop_ids=(2,),
     )  # fmt: skip
 
 
