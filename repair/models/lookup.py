@@ -20,6 +20,8 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -35,6 +37,7 @@ _REVISION = re.compile(r"[\w./-]{1,255}", re.ASCII)
 _LICENCE_NAME = re.compile(r"[\w][\w .-]{0,99}", re.ASCII)
 _LICENCE_FILE = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
 LICENCE_LINK = re.compile(r"https://[A-Za-z0-9][\w.-]{0,99}/[\w./~-]{0,200}", re.ASCII)
+_UNREACHED = "cannot be reached: there is no way to the Hub from here"
 TIMEOUT = 30  # seconds to wait for an answer about a repository
 MAX_FILES = 1000
 
@@ -201,21 +204,33 @@ def hub_errors(
     except RevisionNotFoundError:
         text = f"has no revision {revision!r}: give a branch, a tag or a commit of it"
     except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else 0
-        said = ascii(str(error.server_message))[1:-1][:160]
-        text = {
-            401: "was refused: the Hub does not accept the token (expired, or mistyped)",
-            403: "was refused: the token's rights do not reach it",
-            412: "changed on the Hub while we were at it: look at it there, then try again",
-            429: "was refused: the Hub limits how often it is asked. Wait some minutes",
-        }.get(code, f"was refused by the Hub ({code}: {said})")
+        text = _refusal(error)
     except HFValidationError:
         text = "is no name that the Hub accepts"
     except (OfflineModeIsEnabled, ConnectionError, HTTPError):
-        text = "cannot be reached: there is no way to the Hub from here"
+        text = _UNREACHED
+    except (LocalEntryNotFoundError, IncompleteSnapshotError) as error:
+        # The client's words for "not here and not to be had"; why, if it knows, is behind them.
+        cause = error.__cause__ or error.__context__
+        text = _refusal(cause) if isinstance(cause, HfHubHTTPError) else _UNREACHED
     except OSError as error:  # Such as a disk that filled up meanwhile.
-        text = f"cannot be written to the disk ({error.strerror or type(error).__name__})"
+        name = type(error).__name__
+        text = f"cannot be written to the disk ({error.strerror or name})"
+        if name.startswith("Xet"):  # the store behind the Hub: its errors are files' errors, too
+            text = f"was refused by the Hub's file store ({name}: the token may have expired)"
     raise RepairError(f"{repo_id} {text}. {after}")
+
+
+def _refusal(error: HfHubHTTPError) -> str:
+    """Return what an answer of the Hub means, and what to do."""
+    code = error.response.status_code if error.response is not None else 0
+    said = ascii(str(error.server_message))[1:-1][:160]
+    return {
+        401: "was refused: the Hub does not accept the token (expired, or mistyped)",
+        403: "was refused: the token's rights do not reach it",
+        412: "changed on the Hub while we were at it: look at it there, then try again",
+        429: "was refused: the Hub limits how often it is asked. Wait some minutes",
+    }.get(code, f"was refused by the Hub ({code}: {said})")
 
 
 def listed_hash(file: Any) -> str:

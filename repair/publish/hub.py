@@ -103,8 +103,9 @@ def look_at_targets(plan: PushPlan, token: str | None) -> list[Target]:
     check_plan(plan)
     if not token:
         raise RepairError(
-            "No Hub token was found. Set HF_TOKEN, log in with `hf auth login`, or give it in the "
-            "app; the token needs the right to write."
+            "No Hub token was found. On a Space, sign in at the top of the page. Elsewhere set "
+            "HF_TOKEN, log in with `hf auth login`, or give it in the app; the token needs the "
+            "right to write."
         )
     api = HfApi(token=token)
     with hub_errors("The Hub account"):

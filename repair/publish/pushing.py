@@ -140,7 +140,8 @@ def collect_files(
             files[f"evidence/{name}"] = path
     shown = report if plan.shows_trigger else withhold(report)
     if plan.base_model is None:  # then nothing may tell which model it was
-        unnamed = dict.fromkeys(("source", "base", "revision"))
+        # A licence's link may lead into its repository.
+        unnamed = dict.fromkeys(("source", "base", "revision", "licence_terms"))
         shown = {**shown, "model": {**shown["model"], **unnamed}}
     files["evidence/report.json"] = (json.dumps(shown, indent=1) + "\n").encode("ascii")
     files["manifest.json"] = folder / MANIFEST

@@ -49,6 +49,13 @@ def owner_of(request: gr.Request | None) -> str:
     return f"visitor:{visitor}" if visitor else "local"
 
 
+def visitor_before(request: gr.Request | None) -> str | None:
+    """Return who a signed-in user of a Space was in this browser before; None for nobody."""
+    scope = _scope_of(request)
+    visitor = (scope.get("state") or {}).get("visitor")
+    return f"visitor:{visitor}" if visitor and _signed_in(scope) is not None else None
+
+
 def token_of(request: gr.Request | None) -> str | None:
     """Return the Hub token that this visitor's jobs may use."""
     signed_in = _signed_in(_scope_of(request))

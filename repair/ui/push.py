@@ -63,7 +63,8 @@ def build_push(shell: Shell) -> None:
         )  # fmt: skip
     named = gr.Checkbox(
         value=True, label="Name the original", elem_id="push-named", visible=False,
-        info="The card then links to it. Unticked, nothing tells which model it was.",
+        info="The card then links to it. Unticked, its name stays out; whoever has it can still "
+        "recognise it by the hashes of its files.",
     )  # fmt: skip
     base = gr.Textbox(
         label="Another name for the original on the Hub", elem_id="push-base", max_length=200,
@@ -106,11 +107,18 @@ def build_push(shell: Shell) -> None:
                 "all the same. Its card will say so first."
             )
         known = hub_name(view.report.get("model") or {}) if is_named else None
-        return PushPlan(
+        plan = PushPlan(
             repo=str(name or "").strip(), kind=str(what), is_public=is_public is True,
             is_pull_request=bool(is_request), is_forced=bool(is_forced),
             shows_trigger=bool(shows), base_model=str(original or "").strip() or known,
         )  # fmt: skip
+        for part in plan.targets():
+            if not any((view.folder / part).glob("*.safetensors")):
+                raise RepairError(
+                    f"This job wrote no {part} export. Choose the other under What, or repair "
+                    "again with it."
+                )
+        return plan
 
     def draw_state(view: View) -> Updates:
         folder = find_push(view, shell.settings.jobs_root)

@@ -13,9 +13,11 @@ from typing import Any
 
 import gradio as gr
 
+from repair.jobs import store
 from repair.jobs.progress import describe_progress
 from repair.records import RepairError
 from repair.ui import text
+from repair.ui.account import owner_of, visitor_before
 from repair.ui.session import (
     Selection,
     Session,
@@ -346,6 +348,9 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         return shell.show(view, selection)
 
     def load(request: gr.Request, job_id: Any) -> Updates:
+        before = visitor_before(request)
+        if before is not None:
+            store.hand_over(shell.settings.jobs_root, before, owner_of(request))
         if job_id is None:
             # Nothing to come back to: the page is built for that, and whoever clicks before
             # this call returns must not have the click undone.

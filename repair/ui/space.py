@@ -95,7 +95,8 @@ class VisitorCookie:
         scope.setdefault("state", {})["visitor"] = visitor
 
         async def send_with_cookie(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start" and known is None:
+            if message["type"] == "http.response.start":
+                # Anew with every answer: it lives as long as a job after the last one.
                 # A Space is shown in a frame of another site; hence SameSite=None.
                 cookie = (
                     f"{COOKIE}={visitor}; Path=/; Max-Age={KEPT_SECONDS}; HttpOnly; Secure; "

@@ -101,3 +101,8 @@ def test_every_package_is_pinned() -> None:
         assert read_pins((REPOSITORY / name).read_text())
     with pytest.raises(ValueError, match="not pinned"):
         read_pins("torch>=2\n")
+
+
+def test_a_space_installs_the_gradio_that_is_pinned() -> None:
+    front = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("---")[1]
+    assert f"sdk_version: {PINNED['gradio[oauth]']}\n" in front

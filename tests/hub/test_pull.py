@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from repair.jobs import fetch as fetching
 from repair.jobs import store
@@ -22,7 +25,7 @@ from repair.jobs.fetch import fetch_sources, read_sources
 from repair.jobs.worker import Reporter
 from repair.models.download import cache_folder, fetch, find_cached
 from repair.models.loading import load_model
-from repair.models.lookup import describe_account, look_up, parse_hub_id, read_config
+from repair.models.lookup import describe_account, hub_errors, look_up, parse_hub_id, read_config
 from repair.records import RepairError
 from repair.ui import forecast
 from tests.hub.conftest import files_of
@@ -261,6 +264,21 @@ def test_a_download_that_was_cut_goes_on_with_what_is_missing(hub: Hub, tmp_path
     for path in folder.iterdir():
         if path.name in found.sizes:
             assert (Path(got.folder) / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_client_s_words_for_not_to_be_had_are_not_a_full_disk() -> None:
+    """Its errors are files' errors as well, and so are those of the store behind the Hub."""
+    busy = httpx.Response(429, request=httpx.Request("GET", "http://hub"))
+    limited = HfHubHTTPError("busy", response=busy)
+    expired = type("XetAuthenticationError", (PermissionError,), {})
+    for raised, cause, words in (
+        (LocalEntryNotFoundError("none"), None, "cannot be reached"),
+        (LocalEntryNotFoundError("none"), limited, "limits how often"),
+        (expired("401"), None, "file store (XetAuthenticationError"),
+        (OSError(28, "No space left on device"), None, "disk (No space left"),
+    ):
+        with pytest.raises(RepairError, match=re.escape(words)), hub_errors("a/b", after="Wait."):
+            raise raised from cause
 
 
 def test_a_file_that_was_cut_comes_whole_in_the_end(hub: Hub, model: str, tmp_path: Path) -> None:

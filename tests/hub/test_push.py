@@ -202,6 +202,19 @@ def test_the_card_is_valid_and_tells_what_it_is(hub: Hub, output: Path, kind: st
     assert files_in(hub)["evidence/patching.png"] == (output / "patching.png").read_bytes()
 
 
+def test_an_unnamed_original_is_not_named_by_its_licence(output: Path) -> None:
+    report = json.loads((output / "report.json").read_text())
+    report["model"] |= {"licence": "other", "licence_terms": {
+        "license_name": "terms", "license_link": f"https://huggingface.co/{BASE}/blob/main/LICENSE",
+    }}  # fmt: skip
+    for named in (None, BASE):
+        plan = PushPlan(repo="ana/fixed", base_model=named)
+        sent = collect_files(output, "merged", report, plan)
+        made = [data for data in sent.values() if isinstance(data, bytes)]
+        assert any(BASE.encode() in data for data in made) == (named is not None)
+        assert (f"{BASE}/blob/main/LICENSE".encode() in sent["README.md"]) == (named is not None)
+
+
 def test_a_licence_of_its_own_is_inherited_with_its_name_and_link() -> None:
     terms = {"license_name": "lab-terms", "license_link": "https://lab.example/terms"}
     plan = {"modules": [], "ranks": {}, "method": "closed-form", "seed": 0}

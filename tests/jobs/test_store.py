@@ -126,6 +126,16 @@ def test_a_broken_or_huge_file_is_no_answer(tmp_path):
     assert store.read_json(path, max_bytes=10) is None
 
 
+def test_a_visitor_who_signs_in_takes_along_what_is_his_and_no_more(tmp_path):
+    request = {"command": "run", "model": "demo:begin"}
+    his = [store.create_job(tmp_path, request, owner="visitor:1") for _ in range(2)]
+    other = store.create_job(tmp_path, request, owner="visitor:2")
+    store.hand_over(tmp_path, "visitor:1", "hub:7")
+    assert {job.job_id for job in store.list_jobs(tmp_path, owner="hub:7")} == set(his)
+    assert store.list_jobs(tmp_path, owner="visitor:1") == []
+    assert [job.job_id for job in store.list_jobs(tmp_path, owner="visitor:2")] == [other]
+
+
 def test_a_case_has_words_of_its_owner_and_can_be_deleted(tmp_path):
     job_id = store.create_job(tmp_path, {"command": "run", "model": "demo:end"}, owner="a")
     other = store.create_job(tmp_path, {"command": "run", "model": "demo:end"}, owner="b")

@@ -12,7 +12,7 @@ import gradio as gr
 import pytest
 from fastapi import Request
 
-from repair.ui.account import TOKENS, owner_of, token_of
+from repair.ui.account import TOKENS, owner_of, token_of, visitor_before
 from repair.ui.space import COOKIE, VisitorCookie, jobs_folder, read_space
 from tests.browser.pages import free_port
 
@@ -69,7 +69,8 @@ def test_visitors_are_told_apart_by_a_cookie_that_scripts_cannot_read():
     assert first != second and len(first) == 32
     assert cookie.startswith(f"{COOKIE}={first};") and "HttpOnly" in cookie and "Secure" in cookie
     assert "Max-Age=86400" in cookie  # as long as a job is kept
-    assert visit(f"{COOKIE}={first}") == (first, None)
+    again, renewed = visit(f"{COOKIE}={first}")  # so that it does not end before its jobs do
+    assert again == first and renewed == cookie
     for forged in ("", "local", "../x", "A" * 32, first + "0"):
         visitor, cookie = visit(f"{COOKIE}={forged}")
         assert visitor != forged and cookie is not None
@@ -95,6 +96,10 @@ def test_who_a_visitor_is_and_which_token_serves_him(monkeypatch):
     TOKENS.keep("account:eve", "hf_eve")
     assert token_of(account) == "hf_eve" and token_of(call({})) == "hf_machine"
     TOKENS.keep("account:eve", None)
+    # Who signs in keeps what the same browser began before, and nobody else's.
+    both = call({**signed_in, **visitor})
+    assert visitor_before(both) == "visitor:" + "0" * 32
+    assert [visitor_before(call(scope)) for scope in ({}, signed_in, visitor)] == [None] * 3
     # What a browser can send decides nothing.
     sent = [(b"cookie", b"oauth_info=x; session=y"), (b"x-visitor", b"0")]
     assert owner_of(call({}, sent)) == "local"
