@@ -15,6 +15,7 @@ from repair.jobs.supervisor import Limits
 from repair.machine import total_memory
 
 VISITOR = re.compile(r"[0-9a-f]{32}")
+CALLS = "/gradio_api/queue/"  # what a page sends while it is open
 COOKIE = "repair-visitor"
 BUCKET = Path("/data")  # where a Space mounts what outlives a restart
 KEPT_SECONDS = 24 * 3600  # a visitor's cookie, and a job that nobody touches
@@ -92,11 +93,13 @@ class VisitorCookie:
             return
         known = find_cookie(scope["headers"])
         visitor = known or secrets.token_hex(16)
+        # Anew with the page and with every call: so it lives as long as a job after the last one.
+        # Never with a file that a cache on the way may keep and hand to the next visitor.
+        sets_cookie = scope["path"] == "/" or scope["path"].startswith(CALLS)
         scope.setdefault("state", {})["visitor"] = visitor
 
         async def send_with_cookie(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                # Anew with every answer: it lives as long as a job after the last one.
+            if message["type"] == "http.response.start" and sets_cookie:
                 # A Space is shown in a frame of another site; hence SameSite=None.
                 cookie = (
                     f"{COOKIE}={visitor}; Path=/; Max-Age={KEPT_SECONDS}; HttpOnly; Secure; "

@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +64,7 @@ def _read(address: str) -> dict | None:
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             return json.load(answer)
-    except (urllib.error.HTTPError, ValueError):
+    except (OSError, ValueError):  # no such page, no way there, or no JSON: not checked
         return None
 
 

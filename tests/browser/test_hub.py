@@ -18,6 +18,8 @@ from tests.browser.pages import (
     REPOSITORY,
     free_port,
     take_shot,
+    value_of,
+    wait_for_value,
 )
 from tests.hub.conftest import files_of
 from tests.hub.server import CLIENT, Hub
@@ -112,6 +114,23 @@ def look_up(page: Page, hub_id: str) -> None:
         page.locator("#from-hub button").first.click()
     page.locator("#hub-id input, #hub-id textarea").first.fill(hub_id)
     page.click("#find-hub")
+
+
+def test_who_signs_in_keeps_the_case_that_was_open(
+    browser: Browser, space: tuple[str, Path], hub: Hub
+) -> None:
+    problems: list[str] = []
+    ana, bob = browser.new_context(), browser.new_context()
+    page, other = visit(ana, space[0], problems), visit(bob, space[0], problems)
+    page.click("#example")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    hub.signing_in = "hf_writer"
+    page.click("#sign-in")
+    expect(page.locator("#sign-in")).to_contain_text("ana", timeout=20_000)
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    sign_in(other, hub, "hf_stranger")
+    assert value_of(other, "#fact-job") == "No job yet"
+    assert problems == []
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -13,6 +13,7 @@ import pytest
 from fastapi import Request
 
 from repair.ui.account import TOKENS, owner_of, token_of, visitor_before
+from repair.ui.app import spare_loopback
 from repair.ui.space import COOKIE, VisitorCookie, jobs_folder, read_space
 from tests.browser.pages import free_port
 
@@ -44,7 +45,7 @@ def call(scope: dict, headers: list[tuple[bytes, bytes]] | None = None) -> gr.Re
     return gr.Request(Request(whole))
 
 
-def visit(cookie: str | None) -> tuple[str, str | None]:
+def visit(cookie: str | None, path: str = "/") -> tuple[str, str | None]:
     """Send one request through the middleware; return (visitor in its state, cookie set)."""
     seen = {}
 
@@ -56,7 +57,7 @@ def visit(cookie: str | None) -> tuple[str, str | None]:
         seen.update({k.decode(): v.decode() for k, v in message["headers"]})
 
     headers = [(b"cookie", f"x=1; {cookie}".encode())] if cookie else []
-    scope = {"type": "http", "headers": headers}
+    scope = {"type": "http", "headers": headers, "path": path}
     # Nothing in it waits, so it runs to its end at once; a browser test may own this thread's loop.
     with pytest.raises(StopIteration):
         VisitorCookie(app)(scope, None, send).send(None)
@@ -71,6 +72,10 @@ def test_visitors_are_told_apart_by_a_cookie_that_scripts_cannot_read():
     assert "Max-Age=86400" in cookie  # as long as a job is kept
     again, renewed = visit(f"{COOKIE}={first}")  # so that it does not end before its jobs do
     assert again == first and renewed == cookie
+    assert visit(f"{COOKIE}={first}", "/gradio_api/queue/join") == (first, cookie)
+    # What a cache on the way may keep carries nobody's.
+    for path in ("/assets/index.js", "/gradio_api/file=x.png", "/theme.css"):
+        assert visit(None, path)[1] is None and visit(f"{COOKIE}={first}", path) == (first, None)
     for forged in ("", "local", "../x", "A" * 32, first + "0"):
         visitor, cookie = visit(f"{COOKIE}={forged}")
         assert visitor != forged and cookie is not None
@@ -120,6 +125,16 @@ def test_a_space_says_its_limits_and_zero_gpu_what_it_cannot_do(monkeypatch, tmp
     assert "or until" not in kept.describe()
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
     assert "cannot run repairs" in read_space().describe()
+
+
+def test_what_was_kept_off_a_proxy_stays_off_it(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "lab.example,127.0.0.1")
+    spare_loopback()
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"]
+    names = os.environ["NO_PROXY"].split(",")
+    assert names[0] == "lab.example" and names.count("127.0.0.1") == 1 and "localhost" in names
 
 
 @pytest.mark.parametrize("name", STARTS)
