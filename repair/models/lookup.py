@@ -36,7 +36,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[\w./-]{1,255}", re.ASCII)
 _LICENCE_NAME = re.compile(r"[\w][\w .-]{0,99}", re.ASCII)
 _LICENCE_FILE = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
-LICENCE_LINK = re.compile(r"https://[A-Za-z0-9][\w.-]{0,99}/[\w./~-]{0,200}", re.ASCII)
+_LICENCE_LINK = re.compile(r"https://[A-Za-z0-9][\w.-]{0,99}/[\w./~-]{0,200}", re.ASCII)
 _UNREACHED = "cannot be reached: there is no way to the Hub from here"
 TIMEOUT = 30  # seconds to wait for an answer about a repository
 MAX_FILES = 1000
@@ -161,7 +161,7 @@ def _terms(card: Mapping[str, Any], repo_id: str, commit: str) -> dict[str, str]
         return {}
     if _LICENCE_FILE.fullmatch(link):
         link = f"https://huggingface.co/{repo_id}/blob/{commit}/{link}"
-    return {"license_name": name, "license_link": link} if LICENCE_LINK.fullmatch(link) else {}
+    return {"license_name": name, "license_link": link} if _LICENCE_LINK.fullmatch(link) else {}
 
 
 def read_config(found: HubModel, *, token: str | None = None) -> dict[str, Any]:

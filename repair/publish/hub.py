@@ -76,6 +76,14 @@ class Target:
         return f"{self.repo} will be made, {seen}."
 
 
+def missing_kind(folder: Path, plan: PushPlan) -> str | None:
+    """Return the first kind of export that the plan wants and `folder` does not hold, or None."""
+    for kind in plan.targets():
+        if not any((folder / kind).glob("*.safetensors")):
+            return kind
+    return None
+
+
 def check_plan(plan: PushPlan) -> None:
     """Raise RepairError for names and choices that cannot be; calls nobody."""
     if plan.kind not in KINDS:

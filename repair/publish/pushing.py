@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from repair.evidence.markup import ascii_text
 from repair.publish.card import render_card
-from repair.publish.hub import PushPlan, look_at_targets, upload
+from repair.publish.hub import PushPlan, look_at_targets, missing_kind, upload
 from repair.publish.manifest import MANIFEST, check_manifest
 from repair.records import RepairError
 
@@ -104,13 +104,14 @@ def check_exports(folder: Path, plan: PushPlan) -> dict[str, Any]:
             f"The verdict of {folder} is {verdict!r}, and only 'repaired' is uploaded. "
             "Read its report.md; --force uploads it all the same, marked as what it is."
         )
+    missing = missing_kind(folder, plan)
+    if missing is not None:
+        raise RepairError(
+            f"{folder} holds no {missing} export. Run again with --export {missing}, or choose "
+            "the other --kind."
+        )
     for kind in plan.targets():
         export = folder / kind
-        if not export.is_dir() or not any(export.glob("*.safetensors")):
-            raise RepairError(
-                f"{folder} holds no {kind} export. Run again with --export {kind}, or choose the "
-                "other --kind."
-            )
         for path in export.iterdir():
             is_known = any(path.match(name) for name in ALLOWED_NAMES[kind])
             if path.is_symlink() or not path.is_file() or not is_known:

@@ -8,7 +8,7 @@ import gradio as gr
 from repair.jobs import store
 from repair.jobs.progress import describe_progress
 from repair.publish.card import hub_name
-from repair.publish.hub import PushPlan, look_at_targets
+from repair.publish.hub import PushPlan, look_at_targets, missing_kind
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import owner_of, token_of
@@ -112,12 +112,12 @@ def build_push(shell: Shell) -> None:
             is_pull_request=bool(is_request), is_forced=bool(is_forced),
             shows_trigger=bool(shows), base_model=str(original or "").strip() or known,
         )  # fmt: skip
-        for part in plan.targets():
-            if not any((view.folder / part).glob("*.safetensors")):
-                raise RepairError(
-                    f"This job wrote no {part} export. Choose the other under What, or repair "
-                    "again with it."
-                )
+        missing = missing_kind(view.folder, plan)
+        if missing is not None:
+            raise RepairError(
+                f"This job wrote no {missing} export. Choose the other under What, or repair "
+                "again with it."
+            )
         return plan
 
     def draw_state(view: View) -> Updates:
