@@ -92,7 +92,7 @@ def draw_tabs(tabs: dict[str, gr.Tab]):
             "locate": session.model is not None and session.prompts is not None,
             "repair": bool(view.scores),
             "compare": bool(view.report),
-            "export": bool(view.report),
+            "export": bool(view.scores) or bool(view.report),  # where it may go is asked before
             "cases": True,
         }
         return {tabs[name]: gr.Tab(interactive=is_open[name]) for name in tabs}
@@ -217,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
             TenantGate,
             has_tenants=accounts is not None or space is not None,
             is_local=accounts is None and space is None and is_loopback(options.host),
+            framed_by="https://huggingface.co" if space is not None else "",
         )
     )
     demo = build_app(settings, storage_secret=read_secret(jobs_root))

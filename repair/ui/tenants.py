@@ -1,16 +1,20 @@
-"""Who may use which tab's session, and how much a request may hold: decided before Gradio sees it.
+"""Who may call what, use which tab's session, and send how much: decided before Gradio sees it.
 
+Gradio answers under many addresses; those that the page and `gradio_client` use are listed here,
+and no other exists: some of them hand out a session by another name.
 Gradio knows a tab by a `session_hash` that the browser sends; whoever sends the same one reads the
 tab's state, its answers and its inputs, and can end it. Here the first account that uses a hash
 owns it, and for any other account it does not exist. On a Space a browser is known by its
 visitor's cookie; elsewhere, without accounts, everyone is the one local analyst. Pages of
-other sites get no answer. What it does not know: a file's address, which whoever has it may fetch
-after signing in.
+other sites get no answer, and none may show this one in a frame. What it does not know: a file's
+address, which whoever has it may fetch after signing in.
 """
 
 import ipaddress
 import json
-from collections import OrderedDict
+import re
+import time
+from collections import OrderedDict, deque
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,21 +24,35 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 24 * 2**20  # more than a prompt file of 16 MiB as text
 MAX_UPLOAD_BYTES = 32 * 2**20  # of all files of one request
+UPLOADED_SECONDS = 4_300  # until Gradio has deleted what was uploaded (`delete_cache`)
+MAX_UPLOADED_BY_ONE = 128 * 2**20  # bytes within that time
+MAX_UPLOADED = 2 * 2**30  # of all together: visitors of a Space cost nothing
 MAX_REMEMBERED = 5_000  # sessions of an account; Gradio itself keeps the state of 500 in all
 MAX_VISITORS = 20_000
-IN_PATH = ("heartbeat", "stream")  # /gradio_api/heartbeat/{session_hash}
-CLOSED = ("deep_link",)  # writes all that a session holds, prompts included, to a file
+JOIN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/upload"
+HEARTBEAT = "/gradio_api/heartbeat/"  # and the session
+OPEN = re.compile(
+    r"/|/config|/login|/login/(huggingface|callback)|/logout|/(assets|static|svelte)/.+|/theme\.css"
+    r"|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(/\w+)?"
+    r"|/gradio_api/(info|user|login_check|app_id|startup-events|theme\.css|queue/(join|data|status)"
+    r"|upload|upload_progress|cancel|reset|heartbeat/[^/]+|file=.+)"
+)
 
 
 class TenantGate:
-    """An ASGI middleware: one owner for every session, a limit for every body, one site.
+    """An ASGI middleware: listed addresses, one owner for every session, limits, one site.
 
     `has_tenants`: there are accounts, or a Space's visitors. `is_local`: only this machine may
-    call.
+    call. `framed_by`: another site that may show the page in a frame.
     """
 
-    def __init__(self, app: ASGIApp, *, has_tenants: bool, is_local: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, *, has_tenants: bool, is_local: bool, framed_by: str = ""
+    ) -> None:
         self.app, self.has_tenants, self.is_local = app, has_tenants, is_local
+        frames = f"frame-ancestors 'self' {framed_by}".strip()
+        self.headers = [(b"content-security-policy", frames.encode())]
+        self.uploads = Uploads()
         self.owners: dict[str, str] = {}
         # Of each account or visitor, the oldest first; who came last is at the end.
         self.sessions: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
@@ -63,7 +81,9 @@ class TenantGate:
             await self.app(scope, receive, send)
             return
         request = Request(scope, receive)
-        if request.url.path.rstrip("/").rpartition("/")[2] in CLOSED:
+        send = with_headers(send, self.headers)
+        path = scope["path"].rstrip("/") or "/"
+        if OPEN.fullmatch(path) is None:
             await refuse(404, "Not found")(scope, receive, send)
             return
         if not is_own_site(request, is_local=self.is_local):
@@ -74,7 +94,7 @@ class TenantGate:
             return
         body = b""
         if request.method not in ("GET", "HEAD", "OPTIONS"):
-            is_upload = "multipart/" in request.headers.get("content-type", "")
+            is_upload = path == UPLOAD
             limit = MAX_UPLOAD_BYTES if is_upload else MAX_BODY_BYTES
             length = request.headers.get("content-length", "")
             if is_upload and not length.isdigit():
@@ -99,11 +119,48 @@ class TenantGate:
                 receive = replay(body, receive)
         if self.has_tenants:
             user = user_of(request)
-            for name in named_sessions(request, body):
-                if user is None or not self.owns(user, name):
-                    await refuse(404, "Not found")(scope, receive, send)
-                    return
+            names = named_sessions(request, path, body)
+            # One that names none would get a session that nobody owns.
+            is_unnamed = path == JOIN and not names
+            if is_unnamed or not all(user is not None and self.owns(user, name) for name in names):
+                await refuse(404, "Not found")(scope, receive, send)
+                return
+            if path == UPLOAD and not self.uploads.take(user or "", int(length or 0)):
+                await refuse(429, "Too much was uploaded within the last hour. Try again later.")(
+                    scope, receive, send
+                )
+                return
         await self.app(scope, receive, send)
+
+
+class Uploads:
+    """What was uploaded lately, by whom: the folder that it lies in is everybody's."""
+
+    def __init__(self) -> None:
+        self.taken: deque[tuple[float, str, int]] = deque()
+
+    def take(self, user: str, num_bytes: int) -> bool:
+        """Count an upload in; False where it is more than this user, or all, may leave here."""
+        now = time.monotonic()
+        while self.taken and now - self.taken[0][0] > UPLOADED_SECONDS:
+            self.taken.popleft()
+        own = sum(size for _, name, size in self.taken if name == user)
+        everything = sum(size for _, _, size in self.taken)
+        if own + num_bytes > MAX_UPLOADED_BY_ONE or everything + num_bytes > MAX_UPLOADED:
+            return False
+        self.taken.append((now, user, num_bytes))
+        return True
+
+
+def with_headers(send: Send, headers: list[tuple[bytes, bytes]]) -> Send:
+    """Return a `send` that adds headers to the answer."""
+
+    async def send_more(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), *headers]}
+        await send(message)
+
+    return send_more
 
 
 def is_own_site(request: Request, *, is_local: bool) -> bool:
@@ -159,12 +216,12 @@ def user_of(request: Request) -> str | None:
     return app.tokens.get(token)
 
 
-def named_sessions(request: Request, body: bytes) -> set[str]:
+def named_sessions(request: Request, path: str, body: bytes) -> set[str]:
     """Return every session that a request names: in its query, its path or its body."""
     found: set[Any] = set(request.query_params.getlist("session_hash"))
     found.add(request.headers.get("session_hash"))
-    parts = request.url.path.strip("/").split("/")
-    found |= {after for part, after in zip(parts, parts[1:], strict=False) if part in IN_PATH}
+    if path.startswith(HEARTBEAT):
+        found.add(path.removeprefix(HEARTBEAT))
     if body:
         try:
             flat = json.loads(body)

@@ -15,7 +15,13 @@ import pytest
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui.app import UNSAFE_VARIABLES, check_start, parse_options
-from repair.ui.tenants import TenantGate
+from repair.ui.tenants import (
+    MAX_UPLOADED,
+    MAX_UPLOADED_BY_ONE,
+    UPLOADED_SECONDS,
+    TenantGate,
+    Uploads,
+)
 from tests.hostile.visitor import App, Visitor, running_app
 from tests.jobs.stand_in import build_checkout
 
@@ -107,6 +113,17 @@ def test_another_account_gets_nothing_of_a_session(app: App, ana: Visitor, ben: 
     for path in ("cancel", "reset", "run/predict", "api/predict"):
         body = {"session_hash": ana.session, "fn_index": stop, "event_id": "0", "data": []}
         heard.append(ben.client.post(f"/gradio_api/{path}", json=body))
+    # Whatever a body calls itself, the session in it is looked for.
+    body = json.dumps({"session_hash": ana.session, "fn_index": stop, "data": []})
+    for kind in ("application/json; x=multipart/", "multipart/form-data; boundary=x", "text/plain"):
+        heard.append(ben.client.post(
+            "/gradio_api/queue/join", content=body, headers={"Content-Type": kind}
+        ))  # fmt: skip
+    # Nor is there another name for it, or a session that nobody owns.
+    for path in (f"call/locate/{ana.session}", f"call/v2/locate/{ana.session}",
+                 f"stream/{ana.session}/0/0/playlist.m3u8"):  # fmt: skip
+        heard.append(ben.client.get(f"/gradio_api/{path}"))
+    heard.append(ben.client.post("/gradio_api/queue/join", json={"fn_index": stop, "data": []}))
     assert {answer.status_code for answer in heard} == {404}
     # Without a cookie there is no session at all.
     stranger = httpx.Client(base_url=app.url)
@@ -168,6 +185,47 @@ def test_another_site_gets_no_answer(app: App, ana: Visitor, origin: str) -> Non
         assert answer.headers.get("access-control-allow-origin") is None
     own = ana.client.get("/config", headers={"Origin": app.url})
     assert own.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "call/locate"), ("POST", "call/v2/locate"), ("POST", "component_server"),
+        ("POST", "component_server/"), ("GET", "component_server"), ("GET", "runs"),
+        ("GET", "run-history/records"), ("POST", "run-history/connect"), ("GET", "dev/reload"),
+        ("POST", "process_recording"), ("POST", "vibe-edit"), ("GET", "vibe-code"),
+        ("GET", "proxy=https://huggingface.co"), ("GET", "openapi.json"), ("GET", "token"),
+        ("GET", "profiling/traces"), ("GET", "custom_component/1/client/component/x.js"),
+        ("GET", "../monitoring"), ("GET", "%2e%2e/monitoring"), ("GET", "../monitoring/summary"),
+    ],
+)  # fmt: skip
+def test_what_the_page_does_not_use_is_not_there(
+    app: App, ana: Visitor, method: str, path: str
+) -> None:
+    """Case 32. Gradio answers under many addresses, and each may hand out what a session holds."""
+    answer = ana.client.request(method, f"/gradio_api/{path}")
+    assert answer.status_code == 404 and answer.json() == {"detail": "Not found"}
+
+
+def test_no_other_site_shows_the_page_in_a_frame(app: App, ana: Visitor) -> None:
+    """A click meant for what lies above it must not start, stop or delete a job."""
+    for path in ("/", "/gradio_api/no-such", "/config"):
+        policy = ana.client.get(path).headers["content-security-policy"]
+        assert policy == "frame-ancestors 'self'"
+
+
+def test_nobody_fills_the_disk_with_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 10. Gradio limits a file, not how many there are; it deletes them after an hour."""
+    moment = [0.0]
+    monkeypatch.setattr("repair.ui.tenants.time.monotonic", lambda: moment[0])
+    uploads = Uploads()
+    part = MAX_UPLOADED_BY_ONE // 4
+    assert [uploads.take("ana", part) for _ in range(5)] == [True] * 4 + [False]
+    names = [f"visitor:{number}" for number in range(10 * MAX_UPLOADED // MAX_UPLOADED_BY_ONE)]
+    kept = sum(4 * part for name in names if uploads.take(name, 4 * part))
+    assert kept + 4 * part <= MAX_UPLOADED and not uploads.take("ben", part)
+    moment[0] = UPLOADED_SECONDS + 1
+    assert uploads.take("ana", part) and uploads.take("ben", part)
 
 
 def test_an_account_forgets_only_its_own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
