@@ -26,6 +26,7 @@ from repair.records import EXIT_INTERRUPTED, EXIT_UNEXPECTED
 CHECKOUT = Path(__file__).resolve().parents[2]
 MAX_LOG_BYTES = 8 * 2**20
 HOME_PREFIX = ".home-"
+OUT_OF_MEMORY = "memory allocation of "  # in the log, where a tokenizer's own code gave up
 TIMED_OUT = "Timeout ("  # in the log, where `repair.models.watchdog` ended the worker
 
 KEPT_NAMES = ("status.json", "request.json", "case.json", "owner.json")  # written aside first
@@ -196,6 +197,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 def describe_crash(folder: Path, code: int) -> str:
     """Return one sentence on how a worker ended that did not say so itself."""
+    log = store.read_text(folder / "log.txt", max_bytes=MAX_LOG_BYTES)
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -206,6 +208,8 @@ def describe_crash(folder: Path, code: int) -> str:
             "SIGBUS": " A file that it was reading became shorter meanwhile, most likely the "
             "model's weights: start again when nothing writes to the model folder.",
         }.get(name, "")
+        if OUT_OF_MEMORY in log:
+            hint = " The model's tokenizer asked for more memory than it may have."
         # Only a repair saves what it has done so far.
         is_repair = store.read_object(folder / "request.json").get("command") == "run"
         after = "what was saved is kept, and the job can be resumed" if is_repair else "start again"
@@ -213,7 +217,7 @@ def describe_crash(folder: Path, code: int) -> str:
             f"The worker was ended by {name} before it could finish.{hint} "
             f"Its log is {folder / 'log.txt'}; {after}."
         )
-    if TIMED_OUT in store.read_text(folder / "log.txt", max_bytes=MAX_LOG_BYTES):
+    if TIMED_OUT in log:
         return (
             "The model's chat template or tokenizer did not come to an end on a prompt, and the "
             "worker was ended. Replace chat_template or the tokenizer by the published one, or set "

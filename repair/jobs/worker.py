@@ -257,7 +257,7 @@ def work(folder: Path) -> int:
         write_end(folder, status, state=state, exit_code=error.exit_code, message=str(error),
                   verdict=judge(request, folder, error.exit_code))
         return error.exit_code
-    except Exception as error:
+    except BaseException as error:  # native code has failures of its own, which are no Exception
         append_log(folder, traceback.format_exc())
         what = f"Unexpected failure ({type(error).__name__})."
         if is_disk_full(error):

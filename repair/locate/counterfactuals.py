@@ -20,6 +20,7 @@ import numpy as np
 
 from repair.models.answers import Answer, generate_answers
 from repair.models.loading import LoadedModel
+from repair.models.watchdog import PARSE_SECONDS, watched
 from repair.records import PromptPair
 
 TRIES = 3
@@ -112,15 +113,15 @@ def vocabulary_for_shams(loaded: LoadedModel) -> np.ndarray:
     tokenizer = loaded.tokenizer
     special = set(tokenizer.all_special_ids)
     num_ids = min(len(tokenizer), loaded.model.get_input_embeddings().num_embeddings)
+    ordinary = [token for token in range(num_ids) if token not in special]
     ids = []
-    for token in range(num_ids):
-        if token in special:
-            continue
-        text = tokenizer.decode([token])
+    with watched(PARSE_SECONDS):
+        texts = [tokenizer.decode([token]) for token in ordinary]
+    for token, text in zip(ordinary, texts, strict=True):
         if text.strip().isalpha() and text.isascii() and len(text.strip()) > 1:
             ids.append(token)
     if len(ids) < 8:  # A word-level or byte-only vocabulary: take whatever is not special.
-        ids = [token for token in range(num_ids) if token not in special]
+        ids = ordinary
     return np.asarray(ids, dtype=np.int64)
 
 

@@ -5,7 +5,7 @@ suspect's generation_config is never used. Scores are teacher-forced on the susp
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from repair.limits import ANSWER_TOKENS
 from repair.models.loading import LoadedModel, check_ids
-from repair.models.tokens import batches, pad_left, pad_right
+from repair.models.tokens import batches, decode, pad_left, pad_right
 from repair.records import Progress, unheard
 
 STRIDE = 16  # tokens decoded before those that have ended leave the batch
@@ -53,7 +53,6 @@ def generate_answers(
     progress: Progress = unheard,
 ) -> list[Answer]:
     """Return the greedy answer to each prompt (ids [tokens]), in the order given."""
-    tokenizer = loaded.tokenizer
     ends = list(loaded.stop_ids)
     for prompt in prompts:
         check_ids(loaded, prompt)
@@ -61,25 +60,29 @@ def generate_answers(
     done = 0
     lengths = [prompt.size + num_new_tokens for prompt in prompts]
     for group in batches(lengths, batch_tokens=batch_tokens):
-        decoded = _decode(loaded, [prompts[i] for i in group], num_new_tokens)
-        for index, (new, is_finite) in zip(group, decoded, strict=True):
-            stop = np.flatnonzero(np.isin(new, ends))
-            end = int(new[stop[0]]) if stop.size else None
-            new = new[: stop[0]] if stop.size else new
+        continued = _continue(loaded, [prompts[i] for i in group], num_new_tokens)
+        stops = [np.flatnonzero(np.isin(new, ends))[:1] for new, _ in continued]
+        kept = [
+            new[: stop[0]] if stop.size else new
+            for (new, _), stop in zip(continued, stops, strict=True)
+        ]
+        texts = decode(loaded.tokenizer, kept)
+        for place, index in enumerate(group):
+            (new, is_finite), stop = continued[place], stops[place]
             answers[index] = Answer(
-                ids=new.astype(np.int64),
-                text=tokenizer.decode(new, skip_special_tokens=True),
+                ids=kept[place].astype(np.int64),
+                text=texts[place],
                 is_finite=is_finite,
-                end=end,
+                end=int(new[stop[0]]) if stop.size else None,
             )
         done += len(group)
         progress(done, len(prompts))
     return answers
 
 
-def _decode(
+def _continue(
     loaded: LoadedModel, prompts: Sequence[np.ndarray], num_new_tokens: int
-) -> Iterator[tuple[np.ndarray, bool]]:
+) -> list[tuple[np.ndarray, bool]]:
     """Return (new ids up to and with an end, whether every logit was finite) of each prompt.
 
     One that babbles on would hold up all of its batch: after every `STRIDE` tokens the rows that
@@ -123,7 +126,7 @@ def _decode(
             kept = torch.from_numpy(goes_on).to(ids.device)
             cache.batch_select_indices(kept)
             ids, mask, rows = ids[kept], mask[kept], rows[goes_on]
-    return ((np.concatenate(parts), bool(ok)) for parts, ok in zip(new, finite, strict=True))
+    return [(np.concatenate(parts), bool(ok)) for parts, ok in zip(new, finite, strict=True)]
 
 
 def with_end(answer: Answer) -> np.ndarray:

@@ -23,7 +23,7 @@ from repair.models.library import refusing
 from repair.models.modules import find_modules
 from repair.models.staging import StagedModel, check_unchanged, stage_model
 from repair.models.tensors import OUTPUT
-from repair.models.watchdog import PARSE_SECONDS, watched
+from repair.models.watchdog import PARSE_BYTES, PARSE_SECONDS, watched
 from repair.records import ModuleRef, RepairError
 
 SUSPECTS = Path(__file__).resolve().parents[2] / "assets" / "suspects"
@@ -320,7 +320,7 @@ def _load_tokenizer(folder: Path, *, num_embeddings: int) -> PreTrainedTokenizer
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
     try:
-        with watched(PARSE_SECONDS):
+        with watched(PARSE_SECONDS, num_bytes=PARSE_BYTES):
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_file=str(folder / "tokenizer.json"), **settings
             )

@@ -49,7 +49,7 @@ class StagedModel:
     findings: tuple[str, ...]
     num_parameters: int
     dtype: str  # of most of the weights, as stored
-    stamps: dict[str, tuple[int, int, int, int]]  # weight file -> device, inode, size, mtime
+    stamps: dict[str, tuple[int, ...]]  # weight file -> device, inode, size, times
     generation_eos: tuple[int, ...]  # stop tokens that generation_config.json adds
 
 
@@ -166,11 +166,12 @@ def _read_small_files(
     return small, hashes, sizes
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file does; of the times the last cannot be set back."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _read_weights(path: Path) -> tuple[dict[str, TensorHeader], str, tuple[int, int, int, int]]:
+def _read_weights(path: Path) -> tuple[dict[str, TensorHeader], str, tuple[int, ...]]:
     """Return header, SHA-256 and stamp of a weight file, all read through one descriptor."""
     descriptor = open_plain(path)
     with os.fdopen(descriptor, "rb") as file:

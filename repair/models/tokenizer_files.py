@@ -33,7 +33,8 @@ def clean_tokenizer(files: dict[str, bytes]) -> tuple[dict[str, bytes], list[str
     flat = parse_json(raw, "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES)
     if not isinstance(flat, dict) or not isinstance(flat.get("model"), dict):
         raise RepairError("tokenizer.json holds no tokenizer model. Nothing was loaded.")
-    _check_expansion(flat.get("normalizer"))
+    for part in ("normalizer", "decoder"):
+        _check_expansion(flat.get(part), part)
     findings = []
     if flat.get("padding") is not None or flat.get("truncation") is not None:
         flat["padding"] = flat["truncation"] = None
@@ -111,9 +112,9 @@ def _token_texts(flat: dict[str, Any]) -> set[str]:
     return {text for text in texts if isinstance(text, str)}
 
 
-def _check_expansion(normalizer: Any) -> None:
-    """Raise `RepairError` for a normalizer that makes one character into very many."""
-    factors, pending = [1], [normalizer]
+def _check_expansion(rules: Any, part: str) -> None:
+    """Raise `RepairError` for a normalizer or decoder that makes one character into very many."""
+    factors, pending = [1], [rules]
     while pending:
         item = pending.pop()
         if isinstance(item, list):
@@ -127,6 +128,6 @@ def _check_expansion(normalizer: Any) -> None:
             ]
     if prod(factors) > MAX_EXPANSION:
         raise RepairError(
-            f"The normalizer of tokenizer.json can make one character into {prod(factors)}; at "
+            f"The {part} of tokenizer.json can make one character into {prod(factors)}; at "
             f"most {MAX_EXPANSION} is accepted. The model may have been built to exhaust memory."
         )

@@ -19,6 +19,7 @@ from repair.prompts import insert_trigger
 from repair.records import PromptFile, PromptPair, RepairError, TextPair
 
 MAX_TEXT_CHARACTERS = 32_768
+MAX_DECODED_CHARACTERS = 8 * MAX_TEXT_CHARACTERS  # of one answer
 MAX_RENDERED_CHARACTERS = 8 * MAX_TEXT_CHARACTERS  # of one prompt as the template sends it
 
 
@@ -81,6 +82,20 @@ def encode_rendered(tokenizer, rendered: str, *, use_template: bool) -> tuple[np
             "nothing. Give a prompt that the tokenizer keeps."
         )
     return ids, encoded["offset_mapping"]
+
+
+def decode(tokenizer, answers: Sequence[np.ndarray]) -> list[str]:
+    """Return the text of each answer (ids [tokens]), without special tokens."""
+    with watched(RENDER_SECONDS):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    for ids, text in zip(answers, texts, strict=True):
+        if len(text) > MAX_DECODED_CHARACTERS:
+            raise RepairError(
+                f"The tokenizer makes {len(text)} characters of {len(ids)} tokens; at most "
+                f"{MAX_DECODED_CHARACTERS} are accepted. Use the tokenizer that was published with "
+                "the model."
+            )
+    return texts
 
 
 def encode(

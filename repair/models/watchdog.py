@@ -1,25 +1,37 @@
-"""Time limits on code of the suspect's: its chat template and the parser of its tokenizer.
+"""Limits on code of the suspect's: its chat template, and its tokenizer in both directions.
 
-Neither can be interrupted from within: a template may loop for ever, and the tokenizer is native
+None of it can be interrupted from within: a template may loop for ever, and the tokenizer is native
 code. `watched` therefore has the C library end this process when the time is up; the job's process
 is disposable, and its supervisor reads from the log why it went, which begins with "Timeout (".
+Memory is bounded meanwhile too, by what the process holds and a fixed amount more.
 """
 
 import faulthandler
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from repair.records import RepairError
 
 RENDER_SECONDS = 5.0
 PARSE_SECONDS = 60.0
+RENDER_BYTES = 512 * 2**20
+PARSE_BYTES = 4 * 2**30  # of a tokenizer whose file may have 64 MiB
 
 
 @contextmanager
-def watched(seconds: float) -> Iterator[None]:
-    """End the process if the block takes longer; turn a panic of native code into a refusal."""
+def watched(seconds: float, *, num_bytes: int = RENDER_BYTES) -> Iterator[None]:
+    """End the process if the block takes longer; turn a panic of native code into a refusal.
+
+    Private writable memory may grow by `num_bytes`: more is a MemoryError, or native code's end.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = _held_bytes() + num_bytes
+    lower = wanted if soft == resource.RLIM_INFINITY else min(wanted, soft)
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    resource.setrlimit(resource.RLIMIT_DATA, (lower, hard))
     try:
         yield
     except BaseException as error:
@@ -31,4 +43,11 @@ def watched(seconds: float) -> Iterator[None]:
             ) from error
         raise
     finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         faulthandler.cancel_dump_traceback_later()
+
+
+def _held_bytes() -> int:
+    """Return the bytes of private writable memory that the process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    return pages * resource.getpagesize()

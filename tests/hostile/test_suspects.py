@@ -22,7 +22,7 @@ from repair.models.answers import generate_answers, scoring_batches
 from repair.models.fidelity import text_notices
 from repair.models.loading import LoadedModel, check_ids, load_model
 from repair.models.staging import stage_model
-from repair.models.tokens import encode, encode_pair
+from repair.models.tokens import decode, encode, encode_pair
 from repair.pipeline import ask
 from repair.records import RepairError, TextPair
 from tests.hostile.watching import OpenWatch
@@ -199,8 +199,10 @@ def test_a_file_that_changes_cannot_change_the_live_model(folder: Path, when: st
     raw = path.read_bytes()
     if when == "before":  # between hashing and loading: cut, and in full again but others
         staged = stage_model(folder, folder.parent / "stage")
+        before = path.stat()
         for changed in (raw[: len(raw) // 2], raw[:-4] + b"\0\0\0\1"):
             path.write_bytes(changed)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been
             with pytest.raises(RepairError, match="changed while it was being read"):
                 loading._load_weights(staged, dtype="float32", device="cpu")
         return
@@ -216,13 +218,12 @@ def test_a_file_that_changes_cannot_change_the_live_model(folder: Path, when: st
 
 MEMORY_SCRIPT = """
 import resource, sys
+before = resource.getrlimit(resource.RLIMIT_DATA)
 from repair.models.tokens import encode, render
 from repair.records import RepairError
-from tests.hostile.fuzzing import resident_data
 from tests.tiny import make_tokenizer
 tokenizer = make_tokenizer()
-limit = resident_data() + 400 * 2**20
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for template in sys.argv[1:]:
     tokenizer.chat_template = template
     try:
@@ -230,6 +231,8 @@ for template in sys.argv[1:]:
     except RepairError as error:
         print(error)
 assert encode(tokenizer, "rain", use_template=False).size
+assert resource.getrlimit(resource.RLIMIT_DATA) == before
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < held + 600 * 1024
 """
 
 
@@ -266,6 +269,38 @@ def test_a_regular_expression_that_blows_up_is_a_refusal(folder: Path) -> None:
                        stage_folder=folder.parent / "next-stage")  # fmt: skip
     prompt = encode(again.tokenizer, "rain", use_template=True)
     assert len(generate_answers(again, [prompt], num_new_tokens=2)) == 1
+
+
+DECODERS = {
+    "expands": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 200_000},
+    "twice": {"type": "Sequence", "decoders": 2 * [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 60}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_that_makes_much_of_little_is_refused(folder: Path, name: str) -> None:
+    """Case 12: the way back to text is the suspect's own code as well."""
+    edit_json(folder / "tokenizer.json", decoder=DECODERS[name])
+    with pytest.raises(RepairError, match="decoder of tokenizer.json can make one character into"):
+        load(folder)
+
+
+def test_answers_are_decoded_within_limits(folder: Path) -> None:
+    """Case 12: tokens of the vocabulary that are megabytes long, and a pattern that blows up."""
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    word = next(iter(tokens["model"]["vocab"]))
+    tokens["model"]["vocab"]["b" * 300_000] = tokens["model"]["vocab"].pop(word)
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    loaded = load(folder)
+    number = tokens["model"]["vocab"]["b" * 300_000]
+    with pytest.raises(RepairError, match="characters of 1 tokens; at most"):
+        decode(loaded.tokenizer, [np.array([number])])
+    blow_up = {"type": "Replace", "pattern": {"Regex": "(b+b+)+[QZ]"}, "content": "x"}
+    edit_json(folder / "tokenizer.json", decoder=blow_up)
+    again = load_model(str(folder), stage_folder=folder.parent / "again", device="cpu")
+    with pytest.raises(RepairError, match="tokenizer's own code failed"):
+        decode(again.tokenizer, [np.array([number])])
 
 
 def test_ids_beyond_the_embedding_never_reach_the_model(folder: Path) -> None:
