@@ -2,21 +2,25 @@
 
 `request.json` holds the question, `status.json` the state, `events.jsonl` one JSON object a
 line. Every file is small, capped on reading and, but for the append-only events, replaced in
-one step, so that a reader never sees half a file. Free of torch.
+one step, so that a reader never sees half a file. A worker that went astray may write anything
+there: links and pipes are not read, and what is not of the shape stated here is left out. Free of
+torch.
 """
 
 import dataclasses
 import datetime
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from repair.records import RepairError
 
@@ -28,6 +32,8 @@ SAME_QUESTION = ("model", "revision", "adapter_base", "prompts")  # what a job n
 PUSH = "push.json"  # beside an export: which job uploads it
 PUSHED = "pushed.json"  # in that job: where it went
 SOURCES = "sources.json"  # what was fetched from the Hub for this job
+EVENT_KINDS = ("step", "progress", "metric", "note", "done", "refused", "failed")
+MAX_VALUES = 64  # figures of one event
 MAX_NAME, MAX_NOTE = 120, 4000
 MAX_ATTEMPTS = 20  # reports of former runs kept in a job
 JOB_ID = re.compile(r"[0-9a-f]{32}")
@@ -90,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Return the JSON in `path`, or None where there is none that can be read."""
     try:
-        with open(path, "rb") as file:
+        with _open_plain(path) as file:
             data = file.read(max_bytes + 1)
         return json.loads(data) if len(data) <= max_bytes else None
     except (OSError, ValueError, RecursionError):
@@ -106,17 +112,30 @@ def read_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any
 def read_text(path: Path, *, max_bytes: int = 2**20) -> str:
     """Return the start of a text file, or "" where there is none."""
     try:
-        with open(path, "rb") as file:
+        with _open_plain(path) as file:
             return file.read(max_bytes).decode("utf-8", errors="replace")
     except OSError:
         return ""
 
 
+def _open_plain(path: Path) -> BinaryIO:
+    """Open a plain file for reading; raises OSError for what is none, a link and a pipe too."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path.name} is not a plain file")
+    return open(descriptor, "rb")
+
+
 def read_status(folder: Path) -> JobStatus:
     """Return the state of the job in `folder`; `queued` where nothing is written yet."""
     flat = read_object(folder / "status.json")
-    names = {field.name for field in dataclasses.fields(JobStatus)}
-    known = {key: value for key, value in flat.items() if key in names}
+    numbers = ("exit_code", "pid", "pid_started")
+    known = {
+        field.name: flat[field.name]
+        for field in dataclasses.fields(JobStatus)
+        if type(flat.get(field.name)) is (int if field.name in numbers else str)
+    }
     if known.get("state") not in STATES:
         known["state"] = "queued"
     return JobStatus(**known)
@@ -333,10 +352,10 @@ def append_event(folder: Path, event: dict[str, Any]) -> None:
 def read_events(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Return the whole lines after `offset` and the offset to go on from.
 
-    A line that is still being written, or is too long, or is not an object, is left out.
+    A line that is still being written, or is too long, or is no event, is left out.
     """
     try:
-        with open(folder / "events.jsonl", "rb") as file:
+        with _open_plain(folder / "events.jsonl") as file:
             if offset > os.fstat(file.fileno()).st_size:
                 offset = 0  # the file was replaced
             file.seek(offset)
@@ -352,10 +371,31 @@ def read_events(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], in
             event = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict):
+        if is_event(event):
             events.append(event)
     # A block without a single line end is not ours; stepping over it keeps the reader alive.
     return events, offset + (end if end or len(data) < MAX_READ_BYTES else len(data))
+
+
+def is_event(flat: Any) -> bool:
+    """Tell whether a line of `events.jsonl` has the shape that `Reporter` writes."""
+    if not isinstance(flat, dict) or flat.get("kind") not in EVENT_KINDS:
+        return False
+    values = flat.get("values", {})
+    return (
+        all(isinstance(flat.get(name, ""), str) for name in ("text", "step"))
+        and all(
+            flat.get(name) is None or _is_figure(flat[name])
+            for name in ("time", "fraction", "remaining_seconds")
+        )
+        and isinstance(values, dict)
+        and len(values) <= MAX_VALUES
+        and all(map(_is_figure, values.values()))
+    )
+
+
+def _is_figure(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300 and not math.isnan(value)
 
 
 def process_started(pid: int | None) -> int | None:

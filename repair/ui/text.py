@@ -65,7 +65,7 @@ def reveal(value: str, limit: int = 4000) -> str:
     shown = value[:limit] + (" [cut]" if len(value) > limit else "")
     return "".join(
         f"[U+{ord(c):04X}]"
-        if ord(c) in INVISIBLE or (unicodedata.category(c) == "Cc" and c not in "\n\t")
+        if ord(c) in INVISIBLE or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")
         else c
         for c in shown
     )

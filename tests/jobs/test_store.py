@@ -15,11 +15,11 @@ from tests.jobs.stand_in import make_request
 
 
 def test_events_are_read_on_from_where_one_stopped(tmp_path):
-    store.append_event(tmp_path, {"text": "one"})
+    store.append_event(tmp_path, {"kind": "note", "text": "one"})
     events, offset = store.read_events(tmp_path)
     assert [event["text"] for event in events] == ["one"]
     with open(tmp_path / "events.jsonl", "ab") as file:
-        file.write(b'{"text": "tw')
+        file.write(b'{"kind": "note", "text": "tw')
     assert store.read_events(tmp_path, offset) == ([], offset)
     with open(tmp_path / "events.jsonl", "ab") as file:
         file.write(b'o"}\nnot json\n[1]\n')
@@ -35,6 +35,45 @@ def test_lines_are_ascii_and_short(tmp_path):
     reporter.note("caf\u00e9 \x1b[2J " + "\U0001f600" * 100_000)
     line = (tmp_path / "events.jsonl").read_bytes()
     assert line.isascii() and len(line) <= 64 * 2**10 and b"\x1b" not in line
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"kind": "markup"}, {"kind": ["note"]}, {"text": 7}, {"text": ["x"]}, {"step": {}},
+        {"fraction": "1"}, {"fraction": True}, {"remaining_seconds": math.inf}, {"time": math.nan},
+        {"values": []}, {"values": {"loss": "<b>"}}, {"values": {"loss": None}},
+        {"values": {"loss": 10**400}}, {"values": {str(i): 0.0 for i in range(999)}},
+    ],
+)  # fmt: skip
+def test_what_a_worker_that_went_astray_writes_is_no_event(tmp_path, changed):
+    """Case 35: lines are taken in only in the shape that is stated."""
+    Reporter(tmp_path).metric("distill", loss=0.5)
+    (event,), _ = store.read_events(tmp_path)
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write(json.dumps({**event, **changed}) + "\n")
+    assert store.read_events(tmp_path)[0] == [event]
+
+
+def test_a_status_of_another_shape_is_left_out(tmp_path):
+    flat = {"state": "done", "exit_code": True, "pid": "1", "pid_started": 2.5, "started": 3,
+            "ended": [], "message": {"html": "<b>"}, "verdict": ["repaired"]}  # fmt: skip
+    store.write_json(tmp_path / "status.json", flat)
+    assert store.read_status(tmp_path) == JobStatus(state="done")
+    store.write_json(tmp_path / "status.json", {**flat, "state": ["done"]})
+    assert store.read_status(tmp_path).state == "queued"
+
+
+def test_links_and_pipes_are_not_read(tmp_path):
+    """Case 9: neither waited for nor followed, whoever put them there."""
+    (tmp_path / "aim.json").write_text('{"secret": 1}')
+    (tmp_path / "report.json").symlink_to("aim.json")
+    os.mkfifo(tmp_path / "status.json")
+    (tmp_path / "events.jsonl").symlink_to("aim.json")
+    assert store.read_object(tmp_path / "report.json") == {}
+    assert store.read_text(tmp_path / "report.json") == ""
+    assert store.read_status(tmp_path).state == "queued"
+    assert store.read_events(tmp_path) == ([], 0)
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):

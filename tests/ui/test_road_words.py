@@ -1,6 +1,7 @@
 """What the tabs say of a finished job: why, how many, what differs, and what is out of date."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +136,14 @@ def test_what_lies_beside_the_weights_is_said_before_a_job(tmp_path) -> None:
     (tmp_path / "generation_config.json").write_text('{"num_beams": 3, "bos_token_id": 1}')
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "tokenizer.json").symlink_to("/etc/passwd")
+    (tmp_path / "config.json").write_text('{"model_type": "x\\ud800<b>"}')
+    assert dict(read_facts(tmp_path))["Architecture"] == "x[U+D800]<b>"
     facts = dict(read_facts(tmp_path))
     assert facts["Generation settings"].startswith("num_beams:") and "Adapter" in facts
     assert "none" in facts["Chat template"] and "SHA-256 of tokenizer.json" not in facts
+    # A pipe is not waited for, and a link not followed: neither says anything.
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "aim.json").write_text('{"ana": "a password"}')
+    (tmp_path / "generation_config.json").symlink_to("aim.json")
+    assert "ana" not in str(read_facts(tmp_path))
