@@ -39,6 +39,7 @@ from repair.records import RepairError
 SETTINGS, WEIGHTS = ADAPTER_FILES
 GENERATION = "generation_config.json"
 MAX_RANK = 1024
+MAX_ALPHA = 1_000_000
 _TENSOR = re.compile(r"base_model\.model\.([\w.]{1,200})\.lora_([AB])\.weight", re.ASCII)
 _PLAIN_PATTERN = re.compile(r"[\w.]{1,200}", re.ASCII)
 # Settings that are read here, or that say nothing about what a loaded adapter computes.
@@ -74,7 +75,7 @@ def merge_adapter(adapter: Path, base: StagedModel, folder: Path) -> list[str]:
     Raises RepairError for settings that would change more than linear weights, and for tensors
     that do not belong to the base.
     """
-    settings = _read_settings(adapter)
+    settings = read_settings(adapter)
     pairs = _read_pairs(adapter / WEIGHTS)
     modules = _selected_modules(base, settings)
     if set(pairs) != set(modules):
@@ -119,7 +120,8 @@ def merge_adapter(adapter: Path, base: StagedModel, folder: Path) -> list[str]:
     return found
 
 
-def _read_settings(adapter: Path) -> dict[str, Any]:
+def read_settings(adapter: Path) -> dict[str, Any]:
+    """Return the settings of an adapter folder; raises RepairError for others than plain LoRA's."""
     names = list_files(adapter)
     for name in ADAPTER_FILES:
         if name not in names:
@@ -151,9 +153,11 @@ def _read_settings(adapter: Path) -> dict[str, Any]:
             f"{SETTINGS} does not list its target_modules by name. Only plain names are accepted."
         )
     rank, alpha = flat.get("r"), flat.get("lora_alpha")
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if type(rank) is not int or not 1 <= rank <= MAX_RANK or not is_number:
-        raise RepairError(f"{SETTINGS} has no usable r (1 to {MAX_RANK}) and lora_alpha.")
+    is_usable = _is_number(rank, "rank_pattern") and _is_number(alpha, "alpha_pattern")
+    if not is_usable:
+        raise RepairError(
+            f"{SETTINGS} has no usable r (1 to {MAX_RANK}) and lora_alpha (up to {MAX_ALPHA})."
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = flat.get(key) or {}
         if not isinstance(pattern, dict) or not all(
@@ -170,7 +174,8 @@ def _read_settings(adapter: Path) -> dict[str, Any]:
 def _is_number(value: Any, key: str) -> bool:
     if key == "rank_pattern":
         return type(value) is int and 1 <= value <= MAX_RANK
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= MAX_ALPHA  # which no NaN is
 
 
 def _selected_modules(base: StagedModel, settings: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -220,7 +225,6 @@ def _change(
 ) -> torch.Tensor:
     """Return scale * lora_B @ lora_A in the orientation of the stored weight."""
     rank = _by_pattern(settings.get("rank_pattern"), path, settings["r"])
-    alpha = _by_pattern(settings.get("alpha_pattern"), path, settings["lora_alpha"])
     if pair["A"].shape[0] != rank:
         raise RepairError(
             f"{SETTINGS} gives {path} rank {rank}, but its factors have {pair['A'].shape[0]}."
@@ -231,8 +235,14 @@ def _change(
             f"The adapter's change of {path} maps {pair['A'].shape[1]} to {pair['B'].shape[0]}, "
             f"the base's module {d_in} to {d_out}. Give the base that it was made for."
         )
-    scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-    return as_stored(module, scale * (pair["B"] @ pair["A"]))
+    return as_stored(module, scale_of(settings, path) * (pair["B"] @ pair["A"]))
+
+
+def scale_of(settings: Mapping[str, Any], path: str) -> float:
+    """Return what a module's lora_B @ lora_A is multiplied by."""
+    rank = _by_pattern(settings.get("rank_pattern"), path, settings["r"])
+    alpha = _by_pattern(settings.get("alpha_pattern"), path, settings["lora_alpha"])
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, path: str, default: float) -> float:

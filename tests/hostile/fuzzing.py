@@ -92,8 +92,9 @@ class Fuzzer:
         for path in (model, stage):
             shutil.rmtree(path, ignore_errors=True)
         model.mkdir()
+        outside = str(self.other / "model.safetensors").encode()
         for name, raw in files.items():
-            (model / name).write_bytes(raw)
+            (model / name).write_bytes(raw.replace(b"/elsewhere/model.safetensors", outside))
         self.watch.opened()
         self.fresh: set[tuple[str, int]] = set()
         began = time.process_time()
