@@ -251,7 +251,10 @@ def run_push(options: argparse.Namespace) -> int:
     from repair.publish.hub import PushPlan, check_plan, look_at_targets
     from repair.publish.pushing import check_exports
 
-    folder = options.folder.resolve()
+    if options.folder is None and not options.check:
+        raise RepairError(
+            "No folder was given. Give the output folder of a run; with --check also none."
+        )
     plan = PushPlan(
         repo=options.repo,
         kind=options.kind,
@@ -262,11 +265,18 @@ def run_push(options: argparse.Namespace) -> int:
         base_model=None if options.base_model == "none" else options.base_model,
     )
     check_plan(plan)
-    report = check_exports(folder, plan)
-    if options.base_model is None:
-        plan = dataclasses.replace(plan, base_model=hub_name(report.get("model") or {}))
+    folder = options.folder and options.folder.resolve()
+    if folder is not None:
+        report = check_exports(folder, plan)
+        if options.base_model is None:
+            plan = dataclasses.replace(plan, base_model=hub_name(report.get("model") or {}))
     token = find_token()
-    look_at_targets(plan, token)
+    targets = look_at_targets(plan, token)
+    if options.check:
+        for target in targets:
+            print(one_line(target.describe(plan)), file=sys.stderr)
+        print(json.dumps({"verdict": None, "exit_code": EXIT_DONE, "out": folder and str(folder)}))
+        return EXIT_DONE
     job = Path(tempfile.mkdtemp(prefix="repair-push-"))
     try:
         request = {"command": "push", "folder": str(folder), "plan": plan.to_json()}

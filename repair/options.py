@@ -125,7 +125,9 @@ def build_parser() -> Parser:
     verify = commands.add_parser("verify", help="does an export hold what its report says?")
     verify.add_argument("folder", type=Path, metavar="DIR")
     push = commands.add_parser("push", help="upload an export to the Hub")
-    push.add_argument("folder", type=Path, metavar="DIR")
+    push.add_argument("folder", type=Path, metavar="DIR", nargs="?")
+    push.add_argument("--check", action="store_true",
+                      help="only check name, rights and visibility; without DIR also before a run")
     push.add_argument("--repo", required=True, metavar="OWNER/NAME")
     push.add_argument("--kind", choices=(*EXPORT_KINDS, "both"), default="merged",
                       help="both: the adapter goes to OWNER/NAME-adapter")

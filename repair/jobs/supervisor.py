@@ -36,6 +36,7 @@ class Limits:
     max_seconds: int | None = None  # of one job
     max_waiting: int = MAX_WAITING  # jobs in the queue
     max_per_owner: int | None = None  # jobs of one owner, the running one included
+    max_kept: int | None = None  # cases of one owner on the disk
     keep_seconds: int | None = None  # an idle job older than this is deleted
 
 
@@ -52,8 +53,13 @@ class Supervisor:
         self.lock_file = open(root / ".lock", "w")  # noqa: SIM115  held while the app lives
         try:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self.lock_file.close()
+            if not isinstance(error, BlockingIOError):
+                raise RepairError(
+                    f"The jobs folder {root} cannot be locked ({error.strerror}). Give one on a "
+                    "local disk with --jobs-root."
+                ) from None
             raise RepairError(
                 f"Another app already uses the jobs folder {root}. "
                 "Stop it, or give this one its own with --jobs-root."
@@ -104,6 +110,14 @@ class Supervisor:
             raise RepairError(
                 f"{num_own} of your jobs are waiting or running, and {own_most} is the most. Stop "
                 "one, or wait."
+            )
+
+    def check_another(self, owner: str) -> None:
+        """Raise RepairError when the owner keeps as many cases as may be kept."""
+        most = self.limits.max_kept
+        if most is not None and len(store.list_jobs(self.root, owner=owner, limit=most)) >= most:
+            raise RepairError(
+                f"You keep {most} cases here, and that is the most. Delete one under Cases."
             )
 
     def is_busy(self, folder: Path) -> bool:

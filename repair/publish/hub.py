@@ -119,7 +119,10 @@ def look_at_targets(plan: PushPlan, token: str | None) -> list[Target]:
     with hub_errors("The Hub account"):
         account = api.whoami()
     _check_account(plan, account)
-    return [_look_at(api, repo, plan) for repo in plan.targets().values()]
+    targets = [_look_at(api, repo, plan) for repo in plan.targets().values()]
+    if not all(target.exists for target in targets):
+        _check_may_create(plan, account)
+    return targets
 
 
 def upload(
@@ -203,22 +206,34 @@ def _check_account(plan: PushPlan, account: Mapping[str, Any]) -> None:
         )
 
 
+def _check_may_create(plan: PushPlan, account: Mapping[str, Any]) -> None:
+    """Raise RepairError for a member of an organization who may only read there."""
+    owner = plan.repo.split("/")[0]
+    for org in account.get("orgs") or []:
+        if org.get("name") == owner and org.get("roleInOrg") in ("read", "no_access"):
+            raise RepairError(
+                f"{account.get('name')} may only read in {owner}, and make no repository there. "
+                "Ask an admin of it for the right to write, or use another name."
+            )
+
+
 def _check_scopes(plan: PushPlan, scopes: Any) -> None:
     """Raise RepairError for a token of chosen rights, none of which lets it write there."""
-    try:
-        granted = {
-            permission
-            for scope in scopes["scoped"]
-            if scope["entity"].get("name") in (plan.repo, plan.repo.split("/")[0])
-            for permission in scope["permissions"]
-        }
-    except (KeyError, TypeError, AttributeError):  # The Hub says it otherwise: it will decide.
-        return
-    if "repo.write" not in granted:
-        raise RepairError(
-            f"The Hub token has chosen rights, and none of them lets it write to {plan.repo}. "
-            "Give it write access to that repository or its owner (Hub settings, Access tokens)."
-        )
+    for repo in plan.targets().values():
+        try:
+            granted = {
+                permission
+                for scope in scopes["scoped"]
+                if scope["entity"].get("name") in (repo, repo.split("/")[0])
+                for permission in scope["permissions"]
+            }
+        except (KeyError, TypeError, AttributeError):  # The Hub says it otherwise: it decides.
+            return
+        if "repo.write" not in granted:
+            raise RepairError(
+                f"The Hub token has chosen rights, and none of them lets it write to {repo}. Give "
+                "it write access to that repository or its owner (Hub settings, Access tokens)."
+            )
 
 
 def _look_at(api: HfApi, repo: str, plan: PushPlan) -> Target:

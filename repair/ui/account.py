@@ -49,6 +49,12 @@ def owner_of(request: gr.Request | None) -> str:
     return f"visitor:{visitor}" if visitor else "local"
 
 
+def has_lapsed(request: gr.Request | None) -> bool:
+    """Tell whether this visitor's sign-in has ended: the cases are there, out of sight."""
+    scope = _scope_of(request)
+    return bool((scope.get("session") or {}).get("oauth_info")) and _signed_in(scope) is None
+
+
 def visitor_before(request: gr.Request | None) -> str | None:
     """Return who a signed-in user of a Space was in this browser before; None for nobody."""
     scope = _scope_of(request)

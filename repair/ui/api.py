@@ -125,6 +125,7 @@ def build_api(settings: Settings) -> None:
             check_start(settings, request)
             asked = new_request(replace(session, prompts=checked), profile=profile)
             check_needs(asked, settings)
+            settings.lane.check_another(owner_of(request))
             job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
             start_job(settings, settings.jobs_root / job_id, request)
             return job_id

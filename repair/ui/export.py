@@ -92,7 +92,10 @@ def pack_adapter(settings: Settings, folder: Path) -> str | None:
 def build_export(shell: Shell) -> None:
     """Build and wire the tab."""
     gr.Markdown("## What do you take away?", elem_classes="lead")
-    empty = gr.Markdown("Nothing was exported yet.", elem_classes="empty")
+    empty = gr.Markdown(
+        "Nothing was exported yet. If it is to go to the Hub, the name and your rights can be "
+        "checked below already now.", elem_classes="empty",
+    )  # fmt: skip
     with gr.Column(visible=False) as body:
         warning = gr.Textbox(
             label="Before you use it", interactive=False, elem_classes="problem",
@@ -130,14 +133,17 @@ def build_export(shell: Shell) -> None:
                     )
                     for name, words in FIGURES[start : start + 2]
                 ]  # fmt: skip
-        with gr.Accordion("Upload to the Hugging Face Hub", open=False, elem_id="to-hub"):
-            build_push(shell)
-        gr.Markdown(text.LIMITS, elem_id="limits")
+    with gr.Accordion("Upload to the Hugging Face Hub", open=False, elem_id="to-hub"):
+        build_push(shell)
+    limits = gr.Markdown(text.LIMITS, elem_id="limits", visible=False)
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
         folder = view.folder
         if folder is None or not view.report:
-            updates = {empty: gr.Markdown(visible=True), body: gr.Column(visible=False)}
+            updates = {
+                empty: gr.Markdown(visible=True), body: gr.Column(visible=False),
+                limits: gr.Markdown(visible=False),
+            }  # fmt: skip
             return updates | {figure: gr.Image(value=None, visible=False) for figure in figures}
         has_merged = (folder / "merged").is_dir()
         is_far = shell.settings.space is not None
@@ -155,6 +161,7 @@ def build_export(shell: Shell) -> None:
         updates = {
             empty: gr.Markdown(visible=False),
             body: gr.Column(visible=True),
+            limits: gr.Markdown(visible=True),
             warning: gr.Textbox(value=words, visible=bool(words)),
             # On a Space the visitor cannot reach a folder: the Hub is the way out.
             place: gr.Textbox(value="" if is_far else str(folder), visible=not is_far),
@@ -171,4 +178,7 @@ def build_export(shell: Shell) -> None:
             updates[figure] = gr.Image(value=image, visible=image is not None)
         return updates
 
-    shell.add(draw, [empty, body, warning, place, merged, download, files, report, *figures])
+    shell.add(
+        draw,
+        [empty, body, limits, warning, place, merged, download, files, report, *figures],
+    )  # fmt: skip

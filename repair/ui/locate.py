@@ -220,6 +220,7 @@ def build_locate(shell: Shell) -> None:
             store.replace_request(folder, asked)
             start_job(settings, folder, request)
             return session, Selection()
+        settings.lane.check_another(owner_of(request))
         job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
         try:
             start_job(settings, settings.jobs_root / job_id, request)

@@ -94,14 +94,12 @@ def build_push(shell: Shell) -> None:
 
     def plan_of(view: View, *values: Any) -> PushPlan:
         name, what, is_public, is_named, original, is_request, shows, is_forced, job_id = values
-        if not view.report:
-            raise RepairError("There is nothing to upload yet. Repair first.")
         if (shows or is_forced) and job_id != view.session.job_id:
             raise RepairError(
                 "What is ticked here was ticked for another job. Untick it, and tick it again if "
                 "it is meant for this one."
             )
-        if view.report.get("verdict") != "repaired" and not is_forced:
+        if view.report and view.report.get("verdict") != "repaired" and not is_forced:
             raise RepairError(
                 f"The verdict is {view.report.get('verdict')}: tick that you want to upload it "
                 "all the same. Its card will say so first."
@@ -112,7 +110,7 @@ def build_push(shell: Shell) -> None:
             is_pull_request=bool(is_request), is_forced=bool(is_forced),
             shows_trigger=bool(shows), base_model=str(original or "").strip() or known,
         )  # fmt: skip
-        missing = missing_kind(view.folder, plan)
+        missing = missing_kind(view.folder, plan) if view.report else None
         if missing is not None:
             raise RepairError(
                 f"This job wrote no {missing} export. Choose the other under What, or repair "
@@ -125,7 +123,7 @@ def build_push(shell: Shell) -> None:
         if folder is None:
             return {
                 told: "", timer: gr.Timer(active=False), stop: gr.Button(visible=False),
-                upload: gr.Button(interactive=True),
+                upload: gr.Button(interactive=bool(view.report)),
             }  # fmt: skip
         words, is_active = describe_push(folder)
         return {
@@ -158,12 +156,17 @@ def build_push(shell: Shell) -> None:
             targets = look_at_targets(plan, token_of(request))
         except RepairError as error:
             return {told: text.reveal(str(error), 1000)}
-        return {told: " ".join(target.describe(plan) for target in targets)}
+        words = [target.describe(plan) for target in targets]
+        if not view.report:
+            words.append("Nothing is there to upload yet: repair first.")
+        return {told: " ".join(words)}
 
     def begin(request: gr.Request, session: Session, *values: Any) -> Updates:
         view = look(shell.settings, session, request)
         root = shell.settings.jobs_root
         try:
+            if not view.report:
+                raise RepairError("There is nothing to upload yet. Repair first.")
             plan = plan_of(view, *values)
             look_at_targets(plan, token_of(request))
             before = find_push(view, root)

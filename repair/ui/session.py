@@ -22,7 +22,7 @@ from repair.jobs.supervisor import Supervisor
 from repair.profiles import PROFILES
 from repair.prompts import check_enough
 from repair.records import ModuleScore, RepairError
-from repair.ui.account import owner_of, token_of
+from repair.ui.account import has_lapsed, owner_of, token_of
 from repair.ui.space import Space
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -130,6 +130,7 @@ class View:
     located: dict[str, Any]
     detail: dict[str, Any]
     report: dict[str, Any]
+    has_lapsed: bool = False  # the visitor's sign-in has ended, and the cases are out of sight
 
     @property
     def is_active(self) -> bool:
@@ -228,7 +229,7 @@ def look(settings: Settings, session: Session, request: gr.Request | None) -> Vi
         return View(
             session=dataclasses.replace(session, job_id=None), owner=owner_of(request),
             folder=None, request={}, status=None, log=JobLog(), num_before=0, scores=(),
-            located={}, detail={}, report={},
+            located={}, detail={}, report={}, has_lapsed=has_lapsed(request),
         )  # fmt: skip
     status = store.read_status(folder)
     located = store.read_object(folder / "located.json")

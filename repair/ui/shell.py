@@ -17,7 +17,7 @@ from repair.jobs import store
 from repair.jobs.progress import describe_progress
 from repair.records import RepairError
 from repair.ui import text
-from repair.ui.account import owner_of, visitor_before
+from repair.ui.account import has_lapsed, owner_of, visitor_before
 from repair.ui.session import (
     Selection,
     Session,
@@ -235,6 +235,7 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
     return shell
 
 
+LAPSED = "Your sign-in has ended. Sign in again to see your cases."
 OUT_OF_DATE = "out of date: other modules are chosen now"
 
 
@@ -262,7 +263,7 @@ def draw_header(shell: Shell, view: View) -> Updates:
     triggers = (session.prompts or view.request.get("prompts") or {}).get("triggers") or []
     num_pairs = len((session.prompts or {}).get("pairs") or [])
     trigger = " | ".join(map(str, triggers)) or (f"in {num_pairs} pairs" if num_pairs else "")
-    state = "No job yet"
+    state = LAPSED if view.has_lapsed else "No job yet"
     if status is not None:
         state = text.describe_state(status, view.command, view.num_before)
     updates: Updates = {
@@ -351,7 +352,7 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         before = visitor_before(request)
         if before is not None:
             store.hand_over(shell.settings.jobs_root, before, owner_of(request))
-        if job_id is None:
+        if job_id is None and not has_lapsed(request):
             # Nothing to come back to: the page is built for that, and whoever clicks before
             # this call returns must not have the click undone.
             return {shell.seen: gr.skip()}

@@ -4,9 +4,11 @@ On a Space everybody who is not signed in is told apart by a random cookie that 
 read, so that nobody meets another's jobs.
 """
 
+import fcntl
 import os
 import re
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,10 @@ class Space:
 
     @property
     def limits(self) -> Limits:
-        return Limits(max_seconds=1800, max_waiting=20, max_per_owner=2, keep_seconds=KEPT_SECONDS)
+        return Limits(
+            max_seconds=1800, max_waiting=20, max_per_owner=2, max_kept=10,
+            keep_seconds=KEPT_SECONDS,
+        )
 
     def describe(self) -> str:
         """Return what a visitor should know before the first click, as Markdown of ours."""
@@ -56,7 +61,7 @@ class Space:
         sign_in = "Sign in to use your own Hub models. " if self.can_sign_in else ""
         return (
             f"**A shared Space.** {sign_in}One job at a time for everybody, two of yours at most, "
-            f"{limits.max_seconds // 60} minutes each, models up to "
+            f"{limits.max_seconds // 60} minutes each, {limits.max_kept} cases kept, models up to "
             f"{self.max_model_bytes / 2**30:.1f} GiB. Your jobs are visible to you only and are "
             f"deleted after {kept}. For more, [duplicate this Space]"
             f"(https://huggingface.co/spaces/{self.name}?duplicate=true)."
@@ -72,8 +77,18 @@ def read_space() -> Space | None:
         is_zero=os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true"),
         can_sign_in=all(os.environ.get(name) for name in _SIGN_IN),
         memory=total_memory(),
-        keeps=os.access(BUCKET, os.W_OK),
+        keeps=os.access(BUCKET, os.W_OK) and can_be_locked(BUCKET),
     )
+
+
+def can_be_locked(folder: Path) -> bool:
+    """Tell whether files in `folder` take the lock that a jobs root needs: not every mount does."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def jobs_folder(space: Space | None, default: Path) -> Path:

@@ -155,6 +155,7 @@ def build_suspect(shell: Shell) -> None:
         session: Session, selection: Selection, request: gr.Request
     ) -> tuple[Session, Selection]:
         owner, root = owner_of(request), shell.settings.jobs_root
+        shell.settings.lane.check_another(owner)
         session, view = resume_session(
             shell.settings, store.adopt_job(root, EXAMPLE, owner=owner), request
         )

@@ -29,7 +29,7 @@ def test_sign_in_pull_repair_push_and_nothing_crosses(
     look_up(page, "ana/suspect")
     wait_for_value(page, "#suspect-problem", "does not exist on the Hub, or is private")
     take_shot(page, "8_space_signed_out")
-    sign_in(page, hub, "hf_writer")
+    sign_in(page, hub, "hf_writer", problems)
     look_up(page, "ana/suspect")
     commit = hub.repos["ana/suspect"].refs["main"]
     expect(page.locator("#model-facts")).to_contain_text(commit)
@@ -41,7 +41,7 @@ def test_sign_in_pull_repair_push_and_nothing_crosses(
 
     # The other user meanwhile: sees neither job nor model.
     other = visit(bob, url, problems)
-    sign_in(other, hub, "hf_stranger")
+    sign_in(other, hub, "hf_stranger", problems)
     look_up(other, "ana/suspect")
     wait_for_value(other, "#suspect-problem", "does not exist on the Hub, or is private")
 

@@ -118,6 +118,11 @@ def forget_reload(page: Page, problems: list[str]) -> None:
     num_before = len(problems)
     page.reload()
     page.wait_for_timeout(500)
+    forget_cut(problems, num_before)
+
+
+def forget_cut(problems: list[str], num_before: int) -> None:
+    """Drop what a page that was left complained of: its own event stream was cut."""
     cut = ("AbortError", "Method not implemented", "network error", "Failed to fetch")
     kept = [text for text in problems[num_before:] if not text.startswith(cut)]
     problems[num_before:] = [text for text in kept if "errored out" not in text]

@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.browser.pages import (
     REPOSITORY,
+    forget_cut,
     free_port,
     take_shot,
     value_of,
@@ -101,12 +102,13 @@ def visit(context: BrowserContext, url: str, problems: list[str]) -> Page:
     return page
 
 
-def sign_in(page: Page, hub: Hub, token: str) -> None:
-    hub.signing_in = token
+def sign_in(page: Page, hub: Hub, token: str, problems: list[str]) -> None:
+    hub.signing_in, num_before = token, len(problems)
     page.click("#sign-in")
     name = hub.accounts[token].name
     expect(page.locator("#sign-in")).to_contain_text(name, timeout=20_000)
     expect(page.locator("#bundled")).to_be_visible(timeout=20_000)
+    forget_cut(problems, num_before)
 
 
 def look_up(page: Page, hub_id: str) -> None:
@@ -124,11 +126,9 @@ def test_who_signs_in_keeps_the_case_that_was_open(
     page, other = visit(ana, space[0], problems), visit(bob, space[0], problems)
     page.click("#example")
     wait_for_value(page, "#fact-verdict", "Repaired")
-    hub.signing_in = "hf_writer"
-    page.click("#sign-in")
-    expect(page.locator("#sign-in")).to_contain_text("ana", timeout=20_000)
+    sign_in(page, hub, "hf_writer", problems)
     wait_for_value(page, "#fact-verdict", "Repaired")
-    sign_in(other, hub, "hf_stranger")
+    sign_in(other, hub, "hf_stranger", problems)
     assert value_of(other, "#fact-job") == "No job yet"
     assert problems == []
 

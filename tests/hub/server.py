@@ -45,11 +45,14 @@ class Account:
     role: str = "write"  # read, write, fineGrained
     scopes: dict[str, list[str]] = field(default_factory=dict)  # fineGrained: owner -> permissions
     orgs: tuple[str, ...] = ()
+    roles: dict[str, str] = field(default_factory=dict)  # in an organization; else write
     accepted: set[str] = field(default_factory=set)  # gated repositories
     requests_left: int | None = None  # after so many, the token has expired
 
     def may_write(self, owner: str) -> bool:
         """Tell whether the token lets its holder write under a name."""
+        if self.roles.get(owner) == "read":
+            return False
         return self.role == "write" or "repo.write" in self.scopes.get(owner, [])
 
 
@@ -196,7 +199,10 @@ class Hub:
             raise Refused(401, "Log in first.")
         return {
             "type": "user", "name": account.name, "fullname": account.name,
-            "orgs": [{"name": org, "type": "org"} for org in account.orgs],
+            "orgs": [
+                {"name": org, "type": "org", "roleInOrg": account.roles.get(org, "write")}
+                for org in account.orgs
+            ],
             "auth": {"type": "access_token", "accessToken": {
                 "role": account.role,
                 "fineGrained": {"canReadGatedRepos": False, "global": [], "scoped": [
@@ -283,6 +289,8 @@ class Hub:
         return {"transfer": "basic", "objects": objects}
 
     def put(self, account, query, body, oid):
+        if self.bytes_per_second:
+            time.sleep(len(body) / self.bytes_per_second)
         if self.cut_upload:
             self.cut_upload -= 1
             raise Refused(507, "Storage is not available.")  # which the client does not retry

@@ -288,9 +288,21 @@ def test_a_token_of_chosen_rights_is_asked_before_anything_long(hub: Hub, output
     with pytest.raises(RepairError, match="none of them lets it write to ana/fixed"):
         send(output, "hf_narrow")
     assert "ana/fixed" not in hub.repos and hub.bytes_received == 0
+    # One that may write to the one repository of two is refused before the other is begun.
+    hub.accounts["hf_narrow"].scopes["ana/fixed"] = ["repo.write"]
+    with pytest.raises(RepairError, match="lets it write to ana/fixed-adapter"):
+        send(output, "hf_narrow", kind="both")
+    assert "ana/fixed" not in hub.repos and hub.bytes_received == 0
     hub.accounts["hf_narrow"].scopes["ana"].append("repo.write")
     send(output, "hf_narrow")
     assert "model.safetensors" in files_in(hub)
+
+
+def test_who_may_only_read_in_an_organization_makes_nothing_there(hub: Hub, output: Path) -> None:
+    hub.add_account("hf_guest", "eve", orgs=("acme",), roles={"acme": "read"})
+    with pytest.raises(RepairError, match="eve may only read in acme"):
+        send(output, "hf_guest", repo="acme/fixed")
+    assert not hub.repos and hub.bytes_received == 0
 
 
 def test_a_pull_request_on_an_existing_model(hub: Hub, output: Path) -> None:
@@ -458,3 +470,18 @@ def test_the_command_line_pushes_without_a_browser(
     assert set(hub.repos) == {"ana/fixed", "ana/fixed-adapter"}
     assert main(["push", str(output), "--repo", "bob/fixed"]) == 2
     assert "is ana's" in capsys.readouterr().err
+
+
+def test_the_command_line_checks_before_there_is_anything_to_push(
+    hub: Hub, output: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    for folder in ([], [str(output)]):
+        assert main(["push", *folder, "--check", "--repo", "ana/fixed", "--kind", "both"]) == 0
+        said = capsys.readouterr().err
+        assert "ana/fixed will be made, private. ana/fixed-adapter" in " ".join(said.split())
+    assert not hub.repos and hub.bytes_received == 0
+    assert main(["push", "--check", "--repo", "bob/fixed"]) == 2
+    assert "is ana's" in capsys.readouterr().err
+    assert main(["push", "--repo", "ana/fixed"]) == 2
+    assert "No folder was given" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """What a shared lane refuses, ends and deletes."""
 
+import errno
+import fcntl
 import os
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ from repair.jobs import launch, store, supervisor
 from repair.jobs.launch import choose_module, hub_sources
 from repair.jobs.supervisor import Limits
 from repair.records import RepairError
+from repair.ui.space import can_be_locked
 from tests.jobs.stand_in import make_request
 from tests.jobs.test_supervisor import checkout, wait_until  # noqa: F401 (a fixture)
 
@@ -42,6 +45,31 @@ def test_one_owner_cannot_fill_the_lane_and_all_together_cannot_fill_the_queue(s
     shared.stop(first)
     wait_until(lambda: not shared.waiting and not shared.is_busy(first))
     shared.check_room("ana")
+
+
+def test_one_owner_cannot_fill_the_disk(tmp_path):
+    lane = supervisor.Supervisor(tmp_path / "jobs", Limits(max_kept=2))
+    try:
+        kept = [make_job(lane, "ana") for _ in range(2)]
+        make_job(lane, "bob")
+        with pytest.raises(RepairError, match="You keep 2 cases here.*Delete one under Cases"):
+            lane.check_another("ana")
+        lane.check_another("bob")
+        store.write_status(kept[0], store.JobStatus(state="done"))
+        store.delete_job(lane.root, kept[0].name, owner="ana")
+        lane.check_another("ana")
+    finally:
+        lane.close()
+
+
+def test_a_folder_that_takes_no_lock_is_not_taken_for_another_app(tmp_path, monkeypatch):
+    def refuse(*given):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RepairError, match="cannot be locked .Operation not supported.*--jobs-root"):
+        supervisor.Supervisor(tmp_path / "jobs")
+    assert not can_be_locked(tmp_path)
 
 
 def test_a_job_that_takes_too_long_is_stopped_and_the_next_one_runs(shared):

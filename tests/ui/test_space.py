@@ -12,8 +12,11 @@ import gradio as gr
 import pytest
 from fastapi import Request
 
-from repair.ui.account import TOKENS, owner_of, token_of, visitor_before
+from repair.jobs.supervisor import Supervisor
+from repair.records import RepairError
+from repair.ui.account import TOKENS, has_lapsed, owner_of, token_of, visitor_before
 from repair.ui.app import spare_loopback
+from repair.ui.session import Settings, check_start
 from repair.ui.space import COOKIE, VisitorCookie, jobs_folder, read_space
 from tests.browser.pages import free_port
 
@@ -96,6 +99,7 @@ def test_who_a_visitor_is_and_which_token_serves_him(monkeypatch):
     # The machine's own login serves its one analyst, and never a visitor or another account.
     for scope in (visitor, {**expired, **visitor}):
         assert owner_of(call(scope)) == "visitor:" + "0" * 32 and token_of(call(scope)) is None
+    assert has_lapsed(call(expired)) and not any(map(has_lapsed, map(call, (signed_in, visitor))))
     account = gr.Request(Request({"type": "http", "headers": []}), username="eve")
     assert owner_of(account) == "account:eve" and token_of(account) is None
     TOKENS.keep("account:eve", "hf_eve")
@@ -124,7 +128,18 @@ def test_a_space_says_its_limits_and_zero_gpu_what_it_cannot_do(monkeypatch, tmp
     assert kept.keeps and jobs_folder(kept, Path("/elsewhere")) == tmp_path / "jobs"
     assert "or until" not in kept.describe()
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
-    assert "cannot run repairs" in read_space().describe()
+    zero = read_space()
+    assert "cannot run repairs" in zero.describe()
+    lane = Supervisor(tmp_path / "lane", zero.limits)
+    try:
+        settings = Settings(
+            lane=lane, jobs_root=lane.root, models_root=None, cache=tmp_path, has_accounts=False,
+            space=zero,
+        )  # fmt: skip
+        with pytest.raises(RepairError, match="A ZeroGPU Space cannot run jobs"):
+            check_start(settings, call({}))
+    finally:
+        lane.close()
 
 
 def test_what_was_kept_off_a_proxy_stays_off_it(monkeypatch):
