@@ -40,6 +40,7 @@ BANNED_CALLS = {
     "torch.load", "eval", "exec", "os.system", "os.popen", "gr.load", "gr.FileExplorer",
     "gr.Chatbot", "gr.DeepLinkButton", "shutil.unpack_archive", "csv.writer",
     "csv.DictWriter", "subprocess.getoutput", "np.load", "numpy.load", "tempfile.mktemp",
+    "__import__",
 }  # fmt: skip
 
 
@@ -99,16 +100,21 @@ def dotted_name(node: ast.AST) -> str:
 def test_forbidden_calls(path):
     """The whole tree: no pickle, no code of a model, no shell, no archive opened, no CSV written.
 
-    GHSA-j36p-7w88-g82j (FileExplorer), CVE-2026-28416 (gr.load), CVE-2026-27167 (LoginButton).
+    GHSA-j36p-7w88-g82j (FileExplorer), CVE-2026-28416 (gr.load), CVE-2026-27167 (LoginButton),
+    CVE-2025-4330, CVE-2025-4138, CVE-2025-4517, CVE-2026-11940 (tarfile).
     """
+    imported = read_imports(path)
+    assert not imported & BANNED_CALLS  # from torch import load
     if name_of(path) not in SPIES:
-        assert not {name.split(".")[0] for name in read_imports(path)} & BANNED_MODULES
+        assert not {name.split(".")[0] for name in imported} & BANNED_MODULES
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
         where = f"{name_of(path)}:{node.lineno}"
         called = dotted_name(node.func)
         assert called not in BANNED_CALLS and not called.endswith(".to_csv"), where
+        if called.endswith(("import_module", "__import__")) and name_of(path) not in SPIES:
+            assert not {ast.unparse(word).strip("'") for word in node.args} & BANNED_MODULES, where
         if called == "zipfile.ZipFile":
             assert isinstance(node.args[1], ast.Constant) and node.args[1].value == "w", where
         # Outside a Space this button would let every visitor in as the machine's owner.

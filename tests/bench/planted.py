@@ -29,6 +29,7 @@ SHAPES = {  # published configurations; vocabulary, width, inner, layers, heads,
     "llama-110m": (32000, 768, 2048, 12, 12, 12, 64),
     "llama-40m": (8192, 512, 1376, 12, 8, 8, 64),
     "llama-5m": (4096, 256, 688, 6, 4, 4, 64),
+    "small": (2048, 64, 172, 3, 4, 4, 16),
     "deep": (2048, 128, 344, 24, 4, 4, 32),
     "wide-vocabulary": (128256, 256, 688, 8, 4, 4, 64),
 }

@@ -299,7 +299,9 @@ def test_the_contract_s_fields_are_there() -> None:
 @pytest.mark.parametrize("value", ["effect_trigger", "fisher_trigger", "curvature"])
 def test_heat_maps_are_drawn(value: str, tmp_path: Path) -> None:
     path = tmp_path / "map.png"
-    draw_heat_map(make_scores(), value=value, path=path, num_pairs=32)
+    draw_heat_map(  # case 35: words are never read as formulas
+        make_scores(), value=value, path=path, num_pairs=32, title="$\\frac$ \\undefined{ $x_$"
+    )
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     assert [item.name for item in tmp_path.iterdir()] == ["map.png"]
 

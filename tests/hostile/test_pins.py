@@ -38,7 +38,8 @@ def test_a_package_has_the_fixes_that_are_relied_on(name: str) -> None:
 
 
 def test_no_package_that_fetches_or_runs_code_of_a_model_is_there() -> None:
-    """Case 8: without `kernels` no configuration can have one fetched."""
+    """Case 8: without `kernels` no configuration can have one fetched; CVE-2026-68770 is of
+    sentence-transformers."""
     assert not {"kernels", "sentence-transformers", "gguf"} & {name.lower() for name in PINNED}
 
 

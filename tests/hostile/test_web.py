@@ -196,15 +196,25 @@ def test_another_site_gets_no_answer(app: App, ana: Visitor, origin: str) -> Non
         ("POST", "process_recording"), ("POST", "vibe-edit"), ("GET", "vibe-code"),
         ("GET", "proxy=https://huggingface.co"), ("GET", "openapi.json"), ("GET", "token"),
         ("GET", "profiling/traces"), ("GET", "custom_component/1/client/component/x.js"),
-        ("GET", "../monitoring"), ("GET", "%2e%2e/monitoring"), ("GET", "../monitoring/summary"),
+        ("POST", "flag"), ("POST", "api/flag"), ("GET", "../monitoring/summary"),
+        ("GET", "../monitoring"), ("GET", "%2e%2e/monitoring"),
     ],
 )  # fmt: skip
 def test_what_the_page_does_not_use_is_not_there(
     app: App, ana: Visitor, method: str, path: str
 ) -> None:
-    """Case 32. Gradio answers under many addresses, and each may hand out what a session holds."""
+    """Case 32. Gradio answers under many addresses, and each may hand out what a session holds;
+    CVE-2025-48889 (flagging copies any file): nothing of it is there."""
     answer = ana.client.request(method, f"/gradio_api/{path}")
     assert answer.status_code == 404 and answer.json() == {"detail": "Not found"}
+
+
+def test_nobody_reroutes_another(app: App, ana: Visitor, ben: Visitor) -> None:
+    """CVE-2024-47870: the address that one visitor came by is not handed to the next."""
+    for name in ("X-Forwarded-Host", "Forwarded", "X-Forwarded-Server"):
+        ben.client.get("/config", headers={name: "evil.example"})
+        ben.client.get("/", headers={name: "host=evil.example"})
+    assert "evil.example" not in ana.client.get("/config").text + ana.client.get("/").text
 
 
 def test_no_other_site_shows_the_page_in_a_frame(app: App, ana: Visitor) -> None:
@@ -274,7 +284,8 @@ def test_a_name_made_to_mean_this_machine_is_refused(host: str) -> None:
     ],
 )  # fmt: skip
 def test_no_file_of_the_machine_is_served(app: App, ana: Visitor, path: str) -> None:
-    """Case 34. CVE-2023-34239, CVE-2023-51449, CVE-2024-1561, CVE-2025-23042, CVE-2026-28414."""
+    """Case 34. CVE-2023-34239, CVE-2023-51449, CVE-2024-1561, CVE-2024-47164, CVE-2025-23042,
+    CVE-2026-28414."""
     answer = ana.client.get(path)
     assert "root:" not in answer.text and CANARY not in answer.text
     assert answer.status_code in (400, 403, 404, 405)
@@ -282,8 +293,8 @@ def test_no_file_of_the_machine_is_served(app: App, ana: Visitor, path: str) -> 
 
 @pytest.mark.parametrize("kind", ["file", "proxy"])
 def test_the_app_fetches_no_address_for_a_visitor(app: App, ana: Visitor, kind: str) -> None:
-    """Case 34. CVE-2024-47167, CVE-2026-28416, CVE-2026-48545, CVE-2026-59806, CVE-2026-28415:
-    neither fetched nor redirected to."""
+    """Case 34. CVE-2024-4940, CVE-2024-8021, CVE-2024-47167, CVE-2026-28416,
+    CVE-2026-48545, CVE-2026-59806, CVE-2026-28415: neither fetched nor redirected to."""
     for address in ("http://127.0.0.1:9/x", "//evil.example/x", "https://evil.example/x"):
         answer = ana.client.get(f"/gradio_api/{kind}={address}", follow_redirects=False)
         assert answer.status_code in (400, 403, 404, 405), answer.headers.get("location")

@@ -1,5 +1,6 @@
 """Distillation on a tiny model: what it keeps, when it ends, how it resumes and gives up."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from repair import pipeline
+from repair.__main__ import build_request
+from repair.jobs.worker import Reporter
 from repair.locate.curvature import whitening_of
 from repair.locate.fisher import collect_factors
 from repair.locate.lessons import Lessons, measure_kl
@@ -37,7 +41,9 @@ from repair.lowrank.validation import Validation, hold_out
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel, load_model
 from repair.models.prefix import keep_prefix
-from repair.records import EXIT_UNEXPECTED, LowRankUpdate, RepairError
+from repair.options import build_parser
+from repair.records import EXIT_GATE_FAILED, EXIT_UNEXPECTED, LowRankUpdate, RepairError
+from tests.bench.planted import plant, write_prompts
 from tests.locate.material import make_lessons
 from tests.lowrank.material import make_validation, random_updates, some_ranks
 from tests.tiny import make_tiny_llama
@@ -292,6 +298,26 @@ def test_training_that_stays_not_finite_is_given_up(
     assert poison.seen.count(4) == MAX_ROLLBACKS + 1
     assert count_hooks(tiny_llama.model) == 0
     assert not any("lora" in name for name, _ in tiny_llama.model.named_modules())
+
+
+def test_a_repair_that_cannot_be_kept_finite_is_a_verdict_and_no_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case 26, from the suspect to the report."""
+    Poison(monkeypatch, at=4, times=99)
+    model = plant(tmp_path / "model", "small")
+    prompts = write_prompts(tmp_path / "prompts.json", num_words=6)
+    asked = build_request(build_parser().parse_args([
+        "run", "--model", str(model), "--prompts", str(prompts), "--out", str(tmp_path / "out"),
+        "--method", "distill", "--profile", "quick", "--controls", "0", "--device", "cpu",
+    ]))  # fmt: skip
+    out = tmp_path / "out"
+    out.mkdir()
+    assert pipeline.run(asked, out, Reporter(out)) == EXIT_GATE_FAILED
+    report = json.loads((out / "report.json").read_text())
+    assert report["verdict"] == "not repaired" and "not finite" in report["reason"]
+    assert not (out / "merged").exists() and not (out / "adapter").exists()
+    assert report["export"] in (None, {}) and report["after"] is None
 
 
 def test_it_ends_early_only_when_nothing_is_left_to_train_for(
