@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from repair.jobs import store
 from repair.jobs.launch import MAX_DOWNLOAD
 from repair.jobs.progress import InertStream
-from repair.jobs.supervisor import Supervisor
+from repair.jobs.supervisor import Limits, Supervisor
 from repair.records import EXIT_BAD_INPUT, RepairError
 from repair.ui.api import build_api, is_offered
 from repair.ui.cases import build_cases
@@ -43,6 +43,7 @@ UNSAFE_VARIABLES = (
 # A Space sets these for every app; what `launch` is given below goes before them.
 SPACE_VARIABLES = ("GRADIO_SERVER_NAME", "GRADIO_SSR_MODE")
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+SHARED = Limits(max_per_owner=4)  # of an app with accounts: nobody takes the whole queue
 CACHE_PREFIX = "repair-app-"
 TABS = (
     ("suspect", "1 Suspect", build_suspect),
@@ -185,7 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         accounts = check_start(options, space)
         jobs_root = jobs_folder(space, options.jobs_root).resolve()
-        lane = Supervisor(jobs_root, space.limits if space is not None else None)
+        limits = space.limits if space is not None else SHARED if accounts is not None else None
+        lane = Supervisor(jobs_root, limits)
     except RepairError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

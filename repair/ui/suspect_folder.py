@@ -114,7 +114,7 @@ def read_findings(folder: Path, names: set[str]) -> list[list[str]]:
         listed = text.reveal(", ".join(odd[:20]), 300)
         rows.append(["Generation settings", f"{listed}: not used, answers are greedy"])
     if "adapter_config.json" in names:
-        rows.append(["Adapter", "an adapter lies beside the model; it is not loaded with it"])
+        rows.append(["Adapter", "an adapter lies beside the model: a job refuses such a folder"])
     return rows
 
 

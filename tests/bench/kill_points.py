@@ -1,11 +1,13 @@
 """Kill a repair at 20 random points and resume it: is the result the same, bit for bit?
 
-    python -m tests.bench.kill_points --out DIR [--points N]
+    python -m tests.bench.kill_points --out DIR [--points N] [--step export]
 
 Each time the command line's own process is killed (SIGKILL) at a random moment of a run on
-demo:begin, quick profile, trained, and the run is resumed to its end. The exported weights must
-have the hashes of an undisturbed run, and the reports must be equal but for what they cost. A point
-that is already in DIR is not tried again. Writes results/kill_points.json.
+demo:begin, quick profile, trained, and the run is resumed to its end. With --step at a random
+moment of the three seconds from when that step begins. The exported weights must have the hashes of
+an undisturbed run, and the reports must be equal but for what they cost. A point that is already in
+DIR is not tried again. Exits with 1 where one differs. Writes results/kill_points.json, or with
+--step results/kill_points_STEP.json.
 """
 
 import argparse
@@ -62,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--points", type=int, default=20)
+    parser.add_argument("--step", help="kill in this step only")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     kept = options.out / "kill_points.json"
@@ -82,35 +85,42 @@ def main() -> int:
         after = random.Random(point).uniform(2.0, found["undisturbed"]["seconds"])
         out = options.out / f"point-{point}"
         shutil.rmtree(out, ignore_errors=True)
-        process = start(out)
+        began, process = time.perf_counter(), start(out)
+        if options.step is not None:
+            while last_step(out) != options.step and process.poll() is None:
+                time.sleep(0.02)
+            after = time.perf_counter() - began + random.Random(point).uniform(0.0, 3.0)
         try:
-            process.wait(timeout=after)
+            process.wait(timeout=max(0.0, began + after - time.perf_counter()))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
+        partial = [path.name for path in out.rglob(".partial-*")]
         at = last_step(out)
         code = start(out, "--resume").wait()
         found[str(point)] = {
             "killed_after_seconds": round(after, 1),
             "killed_in_step": at,
             "exit_code": code,
-            "is_same": result_of(out) == expected,
+            "left_partial": partial,
+            "is_same": result_of(out) == expected and not list(out.rglob(".partial-*")),
         }
         shutil.rmtree(out)
         kept.write_text(json.dumps(found, indent=1))
         print(point, found[str(point)], file=sys.stderr, flush=True)
     points = [found[str(point)] for point in range(options.points)]
+    more = f" --points {options.points} --step {options.step}" if options.step else ""
     publish(
-        "kill_points",
+        f"kill_points_{options.step}" if options.step else "kill_points",
         {
-            "command": "python -m tests.bench.kill_points --out DIR",
+            "command": f"python -m tests.bench.kill_points --out DIR{more}",
             "date": date.today().isoformat(),
             "num_same": sum(point["is_same"] for point in points),
             "num_points": len(points),
             "points": points,
         },
     )
-    return 0
+    return 0 if all(point["is_same"] for point in points) else 1
 
 
 if __name__ == "__main__":
