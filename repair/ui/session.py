@@ -18,7 +18,7 @@ import gradio as gr
 from repair.jobs import store
 from repair.jobs.progress import spell_seconds
 from repair.jobs.store import JobStatus
-from repair.jobs.supervisor import Supervisor
+from repair.jobs.supervisor import Supervisor, stopped_status
 from repair.profiles import PROFILES
 from repair.prompts import check_enough
 from repair.records import ModuleScore, RepairError
@@ -191,8 +191,15 @@ def check_prompts(prompts: dict[str, Any] | None) -> None:
 
 
 def start_job(settings: Settings, folder: Path, request: gr.Request | None) -> None:
-    """Queue the job in `folder`, with the visitor's own Hub token."""
-    check_start(settings, request)
+    """Queue the job in `folder`, with the visitor's own Hub token.
+
+    Raises RepairError where it cannot be started: it is then stopped, and nobody waits for it.
+    """
+    try:
+        check_start(settings, request)
+    except RepairError as error:
+        store.write_status(folder, stopped_status(str(error)))
+        raise
     settings.lane.submit(folder, token=token_of(request))
 
 

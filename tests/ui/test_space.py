@@ -12,11 +12,12 @@ import gradio as gr
 import pytest
 from fastapi import Request
 
+from repair.jobs.store import create_job, delete_job, read_status
 from repair.jobs.supervisor import Supervisor
 from repair.records import RepairError
 from repair.ui.account import TOKENS, has_lapsed, owner_of, token_of, visitor_before
 from repair.ui.app import spare_loopback
-from repair.ui.session import Settings, check_start
+from repair.ui.session import Settings, check_start, start_job
 from repair.ui.space import COOKIE, VisitorCookie, jobs_folder, read_space
 from tests.browser.pages import free_port
 
@@ -138,6 +139,12 @@ def test_a_space_says_its_limits_and_zero_gpu_what_it_cannot_do(monkeypatch, tmp
         )  # fmt: skip
         with pytest.raises(RepairError, match="A ZeroGPU Space cannot run jobs"):
             check_start(settings, call({}))
+        # One that was made already is not left waiting for ever, and can be deleted.
+        job_id = create_job(lane.root, {"command": "locate"}, owner="local")
+        with pytest.raises(RepairError, match="A ZeroGPU Space cannot run jobs"):
+            start_job(settings, lane.root / job_id, call({}))
+        assert read_status(lane.root / job_id).state == "stopped"
+        delete_job(lane.root, job_id, owner="local")
     finally:
         lane.close()
 
