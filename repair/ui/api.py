@@ -33,13 +33,13 @@ from repair.ui.session import (
     Session,
     Settings,
     View,
+    begin_case,
     check_prompts,
     check_start,
     look,
     merged_of,
     new_request,
     resume_session,
-    start_job,
 )
 from repair.ui.shell import suggested
 from repair.ui.suspect_folder import find_source
@@ -125,10 +125,7 @@ def build_api(settings: Settings) -> None:
             check_start(settings, request)
             asked = new_request(replace(session, prompts=checked), profile=profile)
             check_needs(asked, settings)
-            settings.lane.check_another(owner_of(request))
-            job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
-            start_job(settings, settings.jobs_root / job_id, request)
-            return job_id
+            return begin_case(settings, asked, request)
 
     def fires(model: str, prompts: dict, request: gr.Request) -> str:
         """Whether the trigger fires, before any job: a few of the prompts asked, with the trigger

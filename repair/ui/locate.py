@@ -9,7 +9,6 @@ from repair.jobs import store
 from repair.profiles import PROFILES
 from repair.records import RepairError
 from repair.ui import grid, text
-from repair.ui.account import owner_of
 from repair.ui.choice import build_choice
 from repair.ui.forecast import check_needs, describe_needs
 from repair.ui.locate_words import describe_evidence, detail_tables, joint_curve, list_reasons
@@ -17,6 +16,7 @@ from repair.ui.session import (
     Selection,
     Session,
     View,
+    begin_case,
     check_prompts,
     check_start,
     look,
@@ -220,14 +220,7 @@ def build_locate(shell: Shell) -> None:
             store.replace_request(folder, asked)
             start_job(settings, folder, request)
             return session, Selection()
-        settings.lane.check_another(owner_of(request))
-        job_id = store.create_job(settings.jobs_root, asked, owner=owner_of(request))
-        try:
-            start_job(settings, settings.jobs_root / job_id, request)
-        except RepairError:
-            # A full lane must not leave a case for every try.
-            store.delete_job(settings.jobs_root, job_id, owner=owner_of(request))
-            raise
+        job_id = begin_case(settings, asked, request)
         return dataclasses.replace(session, job_id=job_id), Selection()
 
     shell.listen(start.click, act=locate, inputs=[profile], problem=problem)

@@ -203,6 +203,19 @@ def start_job(settings: Settings, folder: Path, request: gr.Request | None) -> N
     settings.lane.submit(folder, token=token_of(request))
 
 
+def begin_case(settings: Settings, asked: dict[str, Any], request: gr.Request | None) -> str:
+    """Make a job of a request, start it and return its id; one that cannot start leaves nothing."""
+    owner, root = owner_of(request), settings.jobs_root
+    settings.lane.check_another(owner)
+    job_id = store.create_job(root, asked, owner=owner)
+    try:
+        start_job(settings, root / job_id, request)
+    except RepairError:
+        store.delete_job(root, job_id, owner=owner)
+        raise
+    return job_id
+
+
 def open_folder(settings: Settings, session: Session, request: gr.Request | None) -> Path | None:
     """Return the folder of the session's job, or None; the id comes from the browser."""
     if session.job_id is None:

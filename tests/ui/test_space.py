@@ -12,12 +12,12 @@ import gradio as gr
 import pytest
 from fastapi import Request
 
-from repair.jobs.store import create_job, delete_job, read_status
+from repair.jobs.store import create_job, delete_job, list_jobs, read_status
 from repair.jobs.supervisor import Supervisor
 from repair.records import RepairError
 from repair.ui.account import TOKENS, has_lapsed, owner_of, token_of, visitor_before
 from repair.ui.app import spare_loopback
-from repair.ui.session import Settings, check_start, start_job
+from repair.ui.session import Settings, begin_case, check_start, start_job
 from repair.ui.space import COOKIE, VisitorCookie, jobs_folder, read_space
 from tests.browser.pages import free_port
 
@@ -145,6 +145,9 @@ def test_a_space_says_its_limits_and_zero_gpu_what_it_cannot_do(monkeypatch, tmp
             start_job(settings, lane.root / job_id, call({}))
         assert read_status(lane.root / job_id).state == "stopped"
         delete_job(lane.root, job_id, owner="local")
+        with pytest.raises(RepairError, match="A ZeroGPU Space cannot run jobs"):
+            begin_case(settings, {"command": "locate"}, call({}))
+        assert not list_jobs(lane.root, owner="local")
     finally:
         lane.close()
 
