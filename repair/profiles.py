@@ -35,7 +35,7 @@ PROFILES = {
     "quick": Profile(
         num_locate=40, num_repair=64, num_validate=48, num_evaluate=192,
         num_patched_pairs=12, num_probed=12,
-        num_steps=60, num_besides=16, num_controls=3, num_stressed=0,
+        num_steps=60, num_besides=24, num_controls=3, num_stressed=0,
     ),
     "standard": Profile(
         num_locate=64, num_repair=200, num_validate=96, num_evaluate=400,
