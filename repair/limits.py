@@ -1,6 +1,7 @@
 """What each step may have in memory at once: the steps keep to it, `needs` counts with it."""
 
 ANSWER_TOKENS = 16_384  # of one batch of answers: rows times tokens
+SCORING_TOKENS = 2_048  # of one scoring pass on a CPU: what it makes stays in the cache
 SCORING_ELEMENTS = 1 << 25  # logits of one scoring batch on a CPU: 128 MiB as float32
 SCORING_ELEMENTS_ON_GPU = 1 << 27  # where a small batch would waste the device
 PATCHING_TOKENS = 2_048  # rows times tokens of the unpatched runs; more gains nothing

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from repair.limits import ANSWER_TOKENS, SCORING_ELEMENTS, SCORING_ELEMENTS_ON_GPU
+from repair.limits import (
+    ANSWER_TOKENS,
+    SCORING_ELEMENTS,
+    SCORING_ELEMENTS_ON_GPU,
+    SCORING_TOKENS,
+)
 from repair.models.answers import ScoringBatch, answer_logits, scoring_batches
 from repair.models.loading import LoadedModel
 
@@ -43,7 +48,8 @@ def benign_cost(
     vocabulary = original.model.get_output_embeddings().weight.shape[0]
     on_gpu = str(original.device) != "cpu"
     most = SCORING_ELEMENTS_ON_GPU if on_gpu else SCORING_ELEMENTS
-    budget = max(256, min(ANSWER_TOKENS, most // vocabulary))
+    suits = ANSWER_TOKENS if on_gpu else SCORING_TOKENS
+    budget = max(256, min(suits, most // vocabulary))
     is_same = candidate.model is original.model and changed is None
     nll = 0.0
     kls = torch.zeros(len(prompts), dtype=torch.float64)

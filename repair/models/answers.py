@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from repair.limits import ANSWER_TOKENS
+from repair.limits import ANSWER_TOKENS, SCORING_TOKENS
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import batches, decode, pad_left, pad_right
 from repair.records import Progress, unheard
@@ -204,9 +204,14 @@ def scoring_batches(
     prompts: Sequence[np.ndarray],
     answers: Sequence[np.ndarray],
     *,
-    batch_tokens: int = ANSWER_TOKENS,
+    batch_tokens: int | None = None,
 ) -> list[ScoringBatch]:
-    """Return batches that score `answers` (ids [tokens]) behind `prompts` (ids [tokens])."""
+    """Return batches that score `answers` (ids [tokens]) behind `prompts` (ids [tokens]).
+
+    Of at most `batch_tokens` padded tokens each; by default as many as suit the device.
+    """
+    if batch_tokens is None:
+        batch_tokens = SCORING_TOKENS if str(loaded.device) == "cpu" else ANSWER_TOKENS
     pad = loaded.tokenizer.pad_token_id or 0
     joined = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
     for ids in joined:
