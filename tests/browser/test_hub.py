@@ -130,7 +130,7 @@ def test_who_signs_in_keeps_the_case_that_was_open(
     wait_for_value(page, "#fact-verdict", "Repaired")
     sign_in(other, hub, "hf_stranger", problems)
     assert value_of(other, "#fact-job") == "No job yet"
-    assert problems == []
+    assert problems == [], "\n".join(problems)
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -141,4 +141,4 @@ def test_the_space_fits(browser: Browser, space: tuple[str, Path], width: int) -
     page.locator("#from-hub button").first.click()
     expect(page.locator("#hub-id")).to_be_visible()
     take_shot(page, f"8_space_{width}")
-    assert problems == []
+    assert problems == [], "\n".join(problems)

@@ -88,7 +88,7 @@ def test_from_suspect_to_export_with_keys_alone(browser: Browser, address: str) 
     press(page, "#out-folder button")
     read_the_report(page)
     keep_a_case_with_keys(page)
-    assert problems == []
+    assert problems == [], "\n".join(problems)
 
 
 def choose_with_keys(page: Page) -> None:
@@ -209,4 +209,4 @@ def test_what_cannot_be_entered_is_shown_whole(browser: Browser, address: str) -
             ".map((box) => box.closest('[id]').id)"
         )
         assert hidden == [], name
-    assert problems == []
+    assert problems == [], "\n".join(problems)

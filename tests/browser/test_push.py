@@ -161,7 +161,7 @@ def test_every_tick_of_the_form(
     assert "model.safetensors" in hub.repos["lab/original"].commits[
         hub.repos["lab/original"].refs["refs/pr/1"]
     ]  # fmt: skip
-    assert problems == []
+    assert problems == [], "\n".join(problems)
 
 
 def test_two_users_from_pull_to_push_and_nothing_crosses(
@@ -210,4 +210,4 @@ def test_two_users_from_pull_to_push_and_nothing_crosses(
         shown = page.content() + page.evaluate("JSON.stringify([localStorage, sessionStorage])")
         values = "".join(page.locator("textarea, input").evaluate_all("e => e.map(b => b.value)"))
         assert f"{other}/" not in values and not any(token in shown for token in tokens.values())
-    assert problems == []
+    assert problems == [], "\n".join(problems)

@@ -123,7 +123,7 @@ def test_from_suspect_to_export(browser: Browser, address: str) -> None:
     assert (folder / "report.json").is_file()
     call_by_name(address, folder)
     look_at_a_phone(browser, address, page, problems)
-    assert problems == []
+    assert problems == [], "\n".join(problems)
 
 
 def call_by_name(address: str, folder: Path) -> None:
@@ -236,7 +236,7 @@ def test_hostile_text_stays_text(browser: Browser, address: str, tmp_path: Path)
     expect(news.first).to_be_visible()
     assert page.locator(".toast-wrap img").count() == 0
     take_shot(page, "8_problem")
-    assert problems == []
+    assert problems == [], "\n".join(problems)
 
 
 def test_a_first_visitor_sees_a_finished_example(browser: Browser, address: str) -> None:
@@ -282,7 +282,7 @@ def test_a_first_visitor_sees_a_finished_example(browser: Browser, address: str)
     open_tab(page, "4 Repair")
     expect(page.locator("#start")).to_be_enabled()
     keep_a_case(page)
-    assert problems == []
+    assert problems == [], "\n".join(problems)
 
 
 def keep_a_case(page: Page) -> None:
@@ -328,7 +328,7 @@ def test_an_idle_tab_notices_what_another_started(browser: Browser, address: str
     second.click("#stop")
     wait_for_value(second, "#fact-job", "Stopped")
     wait_for_value(first, "#fact-job", "Stopped")
-    assert problems == []
+    assert problems == [], "\n".join(problems)
 
 
 def test_two_browsers_see_two_sessions(browser: Browser, address: str) -> None:
@@ -338,4 +338,4 @@ def test_two_browsers_see_two_sessions(browser: Browser, address: str) -> None:
     first.locator("#bundled label", has_text="demo:middle").click()
     wait_for_value(first, "#fact-suspect", "demo:middle")
     assert value_of(second, "#fact-suspect") == "None chosen"
-    assert problems == []
+    assert problems == [], "\n".join(problems)
