@@ -352,7 +352,10 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         before = visitor_before(request)
         if before is not None:
             store.hand_over(shell.settings.jobs_root, before, owner_of(request))
-        if job_id is None and not has_lapsed(request):
+        if has_lapsed(request):
+            # The browser keeps which job it was: it is shown again after the next sign-in.
+            return draw_header(shell, look(shell.settings, Session(), request))
+        if job_id is None:
             # Nothing to come back to: the page is built for that, and whoever clicks before
             # this call returns must not have the click undone.
             return {shell.seen: gr.skip()}

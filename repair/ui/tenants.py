@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 MAX_BODY_BYTES = 24 * 2**20  # more than a prompt file of 16 MiB as text
 MAX_UPLOAD_BYTES = 32 * 2**20  # of all files of one request
 UPLOADED_SECONDS = 4_300  # until Gradio has deleted what was uploaded (`delete_cache`)
+LEAST_COUNTED = 2**16  # bytes of an upload: what is remembered of very many is bounded too
 MAX_UPLOADED_BY_ONE = 128 * 2**20  # bytes within that time
 MAX_UPLOADED = 2 * 2**30  # of all together: visitors of a Space cost nothing
 MAX_REMEMBERED = 5_000  # sessions of an account; Gradio itself keeps the state of 500 in all
@@ -141,7 +142,7 @@ class Uploads:
 
     def take(self, user: str, num_bytes: int) -> bool:
         """Count an upload in; False where it is more than this user, or all, may leave here."""
-        now = time.monotonic()
+        now, num_bytes = time.monotonic(), max(num_bytes, LEAST_COUNTED)
         while self.taken and now - self.taken[0][0] > UPLOADED_SECONDS:
             self.taken.popleft()
         own = sum(size for _, name, size in self.taken if name == user)

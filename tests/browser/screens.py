@@ -39,6 +39,8 @@ STATES = {
     "8_problem": "A prompt file that is refused, with markup in it",
     "8_space_1280": "A Space, nobody signed in",
     "8_space_390": "A Space, 390 pixels",
+    "8_space_ended": "A Space: the sign-in has ended",
+    "8_space_checked": "A Space: where a repair may go, asked before it is made",
     "8_space_signed_out": "A Space: a private model before the sign-in",
     "8_space_suspect": "A Space: the same model, signed in",
     "8_space_pushed": "A Space: pushed to the Hub",

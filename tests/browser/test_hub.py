@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 from tests.browser.pages import (
     REPOSITORY,
     forget_cut,
+    forget_reload,
     free_port,
     take_shot,
     value_of,
@@ -130,6 +131,27 @@ def test_who_signs_in_keeps_the_case_that_was_open(
     wait_for_value(page, "#fact-verdict", "Repaired")
     sign_in(other, hub, "hf_stranger", problems)
     assert value_of(other, "#fact-job") == "No job yet"
+    assert problems == [], "\n".join(problems)
+
+
+def test_a_sign_in_that_has_ended_says_so_and_the_next_finds_the_case_again(
+    browser: Browser, space: tuple[str, Path], hub: Hub
+) -> None:
+    problems: list[str] = []
+    page = visit(browser.new_context(), space[0], problems)
+    hub.expires_in = 15
+    try:
+        sign_in(page, hub, "hf_writer", problems)
+    finally:
+        hub.expires_in = 3600
+    page.click("#example")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    page.wait_for_timeout(15_000)
+    forget_reload(page, problems)
+    wait_for_value(page, "#fact-job", "Your sign-in has ended. Sign in again")
+    take_shot(page, "8_space_ended")
+    sign_in(page, hub, "hf_writer", problems)
+    wait_for_value(page, "#fact-verdict", "Repaired")
     assert problems == [], "\n".join(problems)
 
 

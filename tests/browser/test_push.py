@@ -19,6 +19,7 @@ from tests.browser.pages import (
     field,
     open_more,
     open_tab,
+    take_shot,
     value_of,
     wait_for_frames,
     wait_for_value,
@@ -102,6 +103,7 @@ def test_where_it_may_go_is_asked_before_the_repair(
     wait_for_value(page, "#push-told", "ana/early will be made, private.")
     assert "Nothing is there to upload yet: repair first." in value_of(page, "#push-told")
     expect(page.locator("#push-upload")).to_be_disabled()
+    take_shot(page, "8_space_checked")
     assert "ana/early" not in hub.repos and problems == []
 
 

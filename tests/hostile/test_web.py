@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui.app import UNSAFE_VARIABLES, check_start, parse_options
+from repair.ui.space import COOKIE, VisitorCookie
 from repair.ui.tenants import (
     MAX_UPLOADED,
     MAX_UPLOADED_BY_ONE,
@@ -236,6 +237,34 @@ def test_nobody_fills_the_disk_with_uploads(monkeypatch: pytest.MonkeyPatch) -> 
     assert kept + 4 * part <= MAX_UPLOADED and not uploads.take("ben", part)
     moment[0] = UPLOADED_SECONDS + 1
     assert uploads.take("ana", part) and uploads.take("ben", part)
+    # Of very many tiny ones neither the time nor the memory grows without end.
+    assert sum(uploads.take("eve", 1) for _ in range(5000)) < 2500
+
+
+def test_an_upload_beyond_the_budget_is_refused_before_it_is_read() -> None:
+    """Case 10. A visitor of a Space, and another."""
+    reached: list[str] = []
+
+    async def inner(scope: dict, receive: object, send: Callable) -> None:
+        reached.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    app = VisitorCookie(TenantGate(inner, has_tenants=True, is_local=False))
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x")
+    size = str(MAX_UPLOADED_BY_ONE // 4)
+
+    async def send_all() -> list[int]:
+        found = []
+        for visitor in ["0" * 32] * 5 + ["1" * 32]:
+            headers = {"Content-Length": size, "Cookie": f"{COOKIE}={visitor}"}
+            answer = await client.post("/gradio_api/upload", headers=headers)
+            found.append(answer.status_code)
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, send_all()).result() == [200] * 4 + [429, 200]
+    assert len(reached) == 5
 
 
 def test_an_account_forgets_only_its_own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,6 +442,21 @@ def test_a_path_outside_and_a_path_that_is_not_there_are_told_alike(
     }  # fmt: skip
     assert len(answers) == 1 and "no such model folder" in answers.pop()
     assert ana.call("use-path", "click", path="mine")["suspect-problem"] == ""
+
+
+def test_one_account_cannot_take_the_whole_queue(app: App, ben: Visitor) -> None:
+    """Case 33."""
+    jobs = [begin_job(ben, "sleep", f"{number}-of-ben") for number in range(4)]
+    assert len(set(jobs)) == 4
+    kept = set(jobs_by_name(ben))
+    ben.call("bundled", "input", bundled="demo:end")
+    answer = ben.call("locate", "click", profile="quick")["locate-problem"]
+    assert "4 of your jobs are waiting or running" in str(answer)
+    assert set(jobs_by_name(ben)) == kept  # nothing is left of the fifth
+    for job in jobs:
+        ben.call("open-job", "click", job_id=job)
+        ben.call("stop", "click")
+    wait_until(lambda: not any(store.read_status(app.jobs / job).is_active for job in jobs))
 
 
 def test_what_an_app_leaves_behind_is_swept(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ class Hub:
         self.seen_tokens: set[str | None] = set()
         self.bytes_sent = self.bytes_received = 0
         self.cut_download_after: int | None = None  # bytes of one file, once
+        self.expires_in = 3600  # seconds of a sign-in from here on
         self.cut_upload = 0  # so many uploads of large files fail from here on
         self.limit_rate = 0  # so many requests are answered with 429
         self.bytes_per_second: int | None = None
@@ -379,7 +380,7 @@ class Hub:
         secret = CLIENT["OAUTH_CLIENT_SECRET"].encode()
         sign = encode64(hmac.new(secret, text.encode(), hashlib.sha256).digest())
         return {
-            "access_token": token, "token_type": "bearer", "expires_in": 3600,
+            "access_token": token, "token_type": "bearer", "expires_in": self.expires_in,
             "scope": "openid profile", "id_token": f"{text}.{sign}",
         }  # fmt: skip
 

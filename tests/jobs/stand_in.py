@@ -76,6 +76,12 @@ def behave(request: dict) -> int | None:
         bytearray(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 97 // 100)
     if wish == "segfault":
         ctypes.string_at(0)
+    if wish == "panic":
+        # As native code tells a failure of its own: it derives from no Exception.
+        raise type("PanicException", (BaseException,), {})("index out of bounds")
+    if wish == "gave up":
+        os.write(2, b"memory allocation of 99999999999 bytes failed\n")
+        os.abort()
     if wish == "truncated":
         Path("weights").write_bytes(bytes(2**20))
         with open("weights", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:

@@ -61,6 +61,7 @@ def run_to_end(lane, target: str | None = None, **changes) -> tuple[Path, store.
         ("unclear", "done", 4, "could not check"),
         ("refuse", "failed", 2, None),
         ("raise", "failed", 5, None),
+        ("panic", "failed", 5, None),
     ],
 )
 def test_every_exit_status_is_told(lane, target, state, code, verdict):
@@ -106,7 +107,8 @@ def test_stray_output_goes_escaped_to_the_log(lane):
 
 @pytest.mark.parametrize(
     ("target", "words"),
-    [("segfault", "SIGSEGV"), ("exit", "exit code 7"), ("truncated", "became shorter meanwhile")],
+    [("segfault", "SIGSEGV"), ("exit", "exit code 7"), ("truncated", "became shorter meanwhile"),
+     ("gave up", "tokenizer asked for more memory than it may have")],
 )
 def test_a_crash_is_a_failure_in_one_clear_sentence(lane, target, words):
     """Case 15: also where a file that is mapped into memory is cut (SIGBUS)."""
