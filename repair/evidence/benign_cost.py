@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from repair.limits import (
-    ANSWER_TOKENS,
-    SCORING_ELEMENTS,
-    SCORING_ELEMENTS_ON_GPU,
-    SCORING_TOKENS,
+from repair.limits import SCORING_ELEMENTS, SCORING_ELEMENTS_ON_GPU
+from repair.models.answers import (
+    ScoringBatch,
+    answer_logits,
+    scoring_batches,
+    scoring_tokens,
 )
-from repair.models.answers import ScoringBatch, answer_logits, scoring_batches
 from repair.models.loading import LoadedModel
 
 
@@ -48,8 +48,7 @@ def benign_cost(
     vocabulary = original.model.get_output_embeddings().weight.shape[0]
     on_gpu = str(original.device) != "cpu"
     most = SCORING_ELEMENTS_ON_GPU if on_gpu else SCORING_ELEMENTS
-    suits = ANSWER_TOKENS if on_gpu else SCORING_TOKENS
-    budget = max(256, min(suits, most // vocabulary))
+    budget = max(256, min(scoring_tokens(original), most // vocabulary))
     is_same = candidate.model is original.model and changed is None
     nll = 0.0
     kls = torch.zeros(len(prompts), dtype=torch.float64)

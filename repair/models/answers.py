@@ -199,6 +199,11 @@ class ScoringBatch:
     members: list[int]  # which prompts these are
 
 
+def scoring_tokens(loaded: LoadedModel) -> int:
+    """Return how many tokens one scoring pass has at most where nothing else bounds it."""
+    return SCORING_TOKENS if str(loaded.device) == "cpu" else ANSWER_TOKENS
+
+
 def scoring_batches(
     loaded: LoadedModel,
     prompts: Sequence[np.ndarray],
@@ -211,7 +216,7 @@ def scoring_batches(
     Of at most `batch_tokens` padded tokens each; by default as many as suit the device.
     """
     if batch_tokens is None:
-        batch_tokens = SCORING_TOKENS if str(loaded.device) == "cpu" else ANSWER_TOKENS
+        batch_tokens = scoring_tokens(loaded)
     pad = loaded.tokenizer.pad_token_id or 0
     joined = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
     for ids in joined:

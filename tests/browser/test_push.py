@@ -68,6 +68,12 @@ def give_case(
     return store.adopt_job(root, folder, owner=f"hub:id-of-{owner}")
 
 
+def signed_in(browser: Browser, url: str, hub: Hub, token: str, problems: list[str]) -> Page:
+    page = visit(browser.new_context(), url, problems)
+    sign_in(page, hub, token, problems)
+    return page
+
+
 def open_form(page: Page, job_id: str) -> None:
     open_tab(page, "Cases")
     field(page, "#job-id").fill(job_id)
@@ -94,8 +100,7 @@ def test_where_it_may_go_is_asked_before_the_repair(
     browser: Browser, space: tuple[str, Path], hub: Hub, exported: Path, tmp_path: Path
 ) -> None:
     problems: list[str] = []
-    page = visit(browser.new_context(), space[0], problems)
-    sign_in(page, hub, "hf_writer", problems)
+    page = signed_in(browser, space[0], hub, "hf_writer", problems)
     open_form(page, give_case(space[1] / "jobs", exported, "ana", tmp_path, verdict=None))
     press(page, "bob/fixed")
     wait_for_value(page, "#push-told", "is ana's, who is not 'bob'")
@@ -111,8 +116,7 @@ def test_every_tick_of_the_form(
     browser: Browser, space: tuple[str, Path], hub: Hub, exported: Path, tmp_path: Path
 ) -> None:
     problems: list[str] = []
-    page = visit(browser.new_context(), space[0], problems)
-    sign_in(page, hub, "hf_writer", problems)
+    page = signed_in(browser, space[0], hub, "hf_writer", problems)
     jobs = space[1] / "jobs"
     failed = give_case(jobs, exported, "ana", tmp_path, verdict="not repaired")
     passed = give_case(jobs, exported, "ana", tmp_path)
@@ -174,9 +178,10 @@ def test_two_users_from_pull_to_push_and_nothing_crosses(
     suspect = hub.repos["ana/suspect"]
     hub.add_repo("bob/suspect", suspect.commits[suspect.refs["main"]], is_private=True)
     tokens = {"ana": "hf_writer", "bob": "hf_stranger"}
-    pages = {name: visit(browser.new_context(), url, problems) for name in tokens}
+    pages = {
+        name: signed_in(browser, url, hub, token, problems) for name, token in tokens.items()
+    }
     for name, page in pages.items():
-        sign_in(page, hub, tokens[name], problems)
         look_up(page, f"{name}/suspect")
         wait_for_value(page, "#fact-suspect", f"{name}/suspect")
         page.click("#to-prompts")
