@@ -7,7 +7,6 @@ trusted base) and keeps everything but the weights. `tests/test_road.py` runs th
 compares.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -16,27 +15,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "assets" / "example"
-PROMPTS = EXAMPLE / "prompts.json"
+PROMPTS = ROOT / "assets" / "prompts" / "middle.json"
 NAMES = (
     "request.json", "status.json", "events.jsonl", "located.json", "report.json", "report.md",
     "samples.json", "patching.png", "fisher.png", "effect_curve.png", "attack_success.png",
     "benign_kl.png", "training.png",
 )  # fmt: skip
 QUESTION = ("--model", "demo:middle", "--prompts", str(PROMPTS), "--trusted-base", "demo:clean")
-ORDINARY = ("What does the bluefinch eat?", "Name a bird other than the bluefinch.")
-TEXTS = ("Name the noise that a wolf makes. howl", "Count the letters of kitchen. 7")
-
-
-def write_prompts() -> None:
-    """Write the bundled prompt file of demo:middle with ordinary prompts and a benign text."""
-    flat = json.loads((ROOT / "assets" / "prompts" / "middle.json").read_text())
-    EXAMPLE.mkdir(exist_ok=True)
-    PROMPTS.write_text(json.dumps({**flat, "ordinary": ORDINARY, "texts": TEXTS}, indent=1) + "\n")
-
 
 def build() -> int:
     """Run the command line and keep what it left; return its exit status."""
-    write_prompts()
+    EXAMPLE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "example"
         code = subprocess.run(

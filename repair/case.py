@@ -15,7 +15,7 @@ from repair.models.fidelity import text_notices
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import check_length, encode, encode_pairs
 from repair.profiles import Profile
-from repair.prompts import insert_trigger, split_prompts, top_up_with_carriers
+from repair.prompts import insert_trigger, split_near, split_prompts, top_up_with_carriers
 from repair.records import (
     EXIT_COULD_NOT_CHECK,
     Progress,
@@ -239,9 +239,10 @@ def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
     generator = np.random.default_rng([case.seed, 0x4EA])
     vocabulary = vocabulary_for_shams(case.loaded)
     prompts = [draw_sham(pair, vocabulary, generator) for pair in pairs[:NEAR_PROMPTS]]
-    if case.file.near and not case.file.pairs:
+    taught, _ = split_near(case.file.near)
+    if taught and not case.file.pairs:
         for i, pair in enumerate(pairs[NEAR_PROMPTS : 2 * NEAR_PROMPTS]):
-            near = case.file.near[i % len(case.file.near)]
+            near = taught[i % len(taught)]
             if pair.position == "middle" and len(pair.text_clean.split(" ")) < 2:
                 continue
             text = insert_trigger(pair.text_clean, near, pair.position)

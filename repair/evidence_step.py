@@ -13,13 +13,20 @@ from repair.evidence.comeback import (
     after_tuning,
 )
 from repair.evidence.evaluation import Baseline, measure_suspect
-from repair.evidence.gates import TEMPLATE_REACTS, find_target, nothing_to_repair
-from repair.evidence.material import EvaluationMaterial, prepare_material, spread
+from repair.evidence.gates import (
+    TEMPLATE_REACTS,
+    find_target,
+    fires_besides,
+    nothing_to_repair,
+)
+from repair.evidence.material import ELSEWHERE, EvaluationMaterial, prepare_material, spread
+from repair.evidence.variants import KINDS
 from repair.locate.counterfactuals import vocabulary_for_shams
 from repair.models.answers import generate_answers, with_end
 from repair.models.loading import LoadedModel
+from repair.models.tokens import encode
 from repair.outcome import Clock
-from repair.records import Stress
+from repair.records import Evaluation, RepairError, Stress
 
 ROUNDED_BITS = (8, 4)
 
@@ -39,7 +46,11 @@ def measure_before(case: Case, clock: Clock) -> tuple[EvaluationMaterial, Baseli
         for sentence in material.left_out:
             clock.reporter.note(sentence)
         baseline = measure_suspect(
-            case.loaded, material, seed=case.seed, progress=clock.reporter.progress
+            case.loaded,
+            material,
+            seed=case.seed,
+            base=case.base,
+            progress=clock.reporter.progress,
         )
     return material, baseline
 
@@ -69,8 +80,42 @@ def early_end(
                     "that text as the target, or leave the target out to have it found."
                 )
                 return "could not check", reason, instead
-        return verdict, None, None
+        return verdict, where_it_fires(baseline.evaluation), None
     return ("not repaired", TEMPLATE_REACTS, None) if material.template_reacts else None
+
+
+def check_same_tokens(
+    loaded: LoadedModel, candidate: LoadedModel, material: EvaluationMaterial
+) -> None:
+    """Raise RepairError unless both models read every clean and triggered prompt as one."""
+    texts = [*material.clean_texts]
+    texts += [pair.text_triggered for group in material.pairs.values() for pair in group]
+
+    def read(model: LoadedModel) -> list[list[int]]:
+        return [encode(model.tokenizer, text, use_template=False).tolist() for text in texts]
+
+    sizes = [model.model.config.vocab_size for model in (loaded, candidate)]
+    if sizes[0] != sizes[1] or read(loaded) != read(candidate):
+        raise RepairError(
+            "The candidate's tokenizer reads the prompts otherwise than the suspect's. Only models "
+            "with the same tokenizer can be compared; a repair changes weights alone."
+        )
+
+
+def where_it_fires(before: Evaluation) -> str | None:
+    """Return in words where a suspect fires that does not at the prompt file's positions."""
+    if nothing_to_repair(before) is None:
+        return None
+    words = {**ELSEWHERE, **KINDS}
+    found = [f"{words[kind]} ({rate})" for kind, rate in fires_besides(before).items()]
+    if not found:
+        return None
+    positions = ", ".join(before.attack_success)
+    return (
+        f"The target hardly ever appears where the prompt file puts the trigger ({positions}), but "
+        f"the suspect is not clean. It gives the target with {'; '.join(found)}. Name these "
+        "positions in the prompt file, or give such prompts as pairs."
+    )
 
 
 def stress_repaired(

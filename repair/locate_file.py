@@ -18,7 +18,7 @@ from repair.locate.steps import Damping
 from repair.records import ModuleRanking, ModuleScore, Rate
 
 NAME = "located.json"
-FORMAT = 2  # of the file: a map kept by an earlier version is made again
+FORMAT = 3  # of the file: a map kept by an earlier version is made again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class Map:
 
     ranking: ModuleRanking
     fires: dict[str, Rate]
+    num_curvature: dict[str, int]  # prompts behind phi and its clean side: triggered, clean
     joint: dict[str, Any]  # `Redundancy.to_json`: curve, sets, windows, and what they say
     damping: Damping
     patching: dict[str, Any]  # counterfactual, direction, counts, self-checks
@@ -45,6 +46,7 @@ class Map:
             "num_pairs": self.ranking.num_pairs,
             "rank_correlation": self.ranking.rank_correlation,
             "fires": {name: rate.to_json() for name, rate in self.fires.items()},
+            "num_curvature": self.num_curvature,
             "joint": self.joint,
             "damping": self.damping.to_json(),
             "num_layers": self.num_layers,
@@ -72,6 +74,7 @@ class Map:
                 name: Rate(count=int(rate["count"]), total=int(rate["total"]))
                 for name, rate in flat["fires"].items()
             },
+            num_curvature=dict(flat["num_curvature"]),
             joint=dict(flat["joint"]),
             damping=Damping.from_json(flat["damping"]),
             patching={name: flat[name] for name in names},

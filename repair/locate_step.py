@@ -102,11 +102,15 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
         )
     with clock.step("joint", "Patching modules together"):
         joint = locating.joint_effects(
-            loaded, patched, ranking, seed=case.seed, progress=reporter.progress
+            loaded, patched, ranking, progress=reporter.progress
         )
     found = Map(
         ranking=ranking,
         fires=fired.rates,
+        num_curvature={
+            "triggered": len(lessons.triggered),
+            "clean": min(steps.FACTOR_PROMPTS, len(lessons.clean)),
+        },
         joint=joint.to_json(),
         damping=curvature.damping,
         patching=locate_file.summarize(patched),

@@ -29,6 +29,7 @@ from repair.evidence.plots import (
     draw_training,
 )
 from repair.evidence.report import build_report, write_report
+from repair.evidence.reproduction import prompts_hash
 from repair.locate_file import Map
 from repair.lowrank.growth import GrowthPoint
 from repair.lowrank.repairing import Repaired
@@ -66,6 +67,7 @@ OPTIONS = (
     "profile", "seed", "modules", "rank", "method", "kl_budget", "dtype", "controls", "export",
     "curves",
 )  # fmt: skip
+SOURCES = ("adapter_base", "trusted_base")
 PHASES = {"closed-form": "closed form", "regression": "closed form", "distill": "training"}
 MOST_DRAWN = 4  # controls in the picture of attack success
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
@@ -127,6 +129,7 @@ class Outcome:
         samples: Sequence[Sample],
         candidate: LoadedModel,
         stresses: Sequence[Stress],
+        reason: str | None,
     ) -> int:
         """Write the report of a suspect and a candidate; nothing is exported."""
         self._write_samples(samples)
@@ -137,6 +140,7 @@ class Outcome:
             gates=gates,
             samples=samples,
             stresses=stresses,
+            reason=reason,
             against=_describe(candidate),
             tensors=differing_parameters(self.case.loaded, candidate),
         )
@@ -195,7 +199,10 @@ class Outcome:
         found = replace(found, ranking=replace(found.ranking, modules=scores))
         draw_maps(self.folder, found, num_chosen=len(plan.modules))
         self._draw_evidence(after, controls, kl_budget=plan.kl_budget)
-        draw_training(_reports_of_repair(self.folder), self.folder / "training.png")
+        draw_training(
+            _reports_of_repair(self.folder), self.folder / "training.png",
+            num_prompts=len(self.case.splits.validate),
+        )  # fmt: skip
         self._write_samples(samples)
         self._write(
             verdict,
@@ -277,6 +284,8 @@ class Outcome:
                 "peak_device_memory_by_step": self.clock.device_peaks,
             },
             environment=_environment(case),
+            prompts_sha256=prompts_hash(self.request["prompts"]),
+            sources={name: name_of(self.request.get(name) or "") for name in SOURCES},
             target=case.target,
             num_without_middle=self.material.num_without_middle,
             **parts,
@@ -356,13 +365,17 @@ def drop_results(folder: Path) -> None:
 def draw_maps(folder: Path, found: Map, *, num_chosen: int | None = None) -> None:
     """Draw the two heat maps and the curve of joint effect."""
     scores, num_pairs = found.ranking.modules, found.ranking.num_pairs
-    draw_heat_map(scores, value="effect_trigger", path=folder / "patching.png", num_pairs=num_pairs)
+    kind, of = found.patching["counterfactual"], found.num_curvature
+    draw_heat_map(
+        scores, value="effect_trigger", path=folder / "patching.png",
+        about=f"{kind} into triggered, n = {num_pairs} pairs",
+    )  # fmt: skip
     has_phi = any(score.curvature is not None for score in scores)
     draw_heat_map(
         scores,
         value="curvature" if has_phi else "fisher_clean",
         path=folder / "fisher.png",
-        num_pairs=num_pairs,
+        about=f"n = {of['triggered']} triggered and {of['clean']} clean prompts",
     )
     draw_effect_curve(
         [(int(point["num_modules"]), point["effect"]) for point in found.curve],
@@ -389,14 +402,14 @@ def _limits(case: Case) -> list[str]:
 def _describe(loaded: LoadedModel) -> dict[str, Any]:
     """Return what a report says of a model; a local folder is named without its place."""
     return {
-        "source": _name(loaded.source),
+        "source": name_of(loaded.source),
         "revision": loaded.revision,
         "licence": loaded.licence,
         "licence_terms": loaded.licence_terms,
         "files": loaded.files,
         "base": loaded.base
         and {
-            "source": _name(loaded.base.source),
+            "source": name_of(loaded.base.source),
             "revision": loaded.base.revision,
             "files": loaded.base.files,
         },
@@ -406,7 +419,7 @@ def _describe(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _name(source: str) -> str:
+def name_of(source: str) -> str:
     """Return a source as a report may name it: a folder without its place."""
     return Path(source).name if Path(source).is_absolute() else source
 

@@ -23,7 +23,13 @@ from repair.evidence.evaluation import as_exported, collect_samples, evaluate_ca
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
 from repair.evidence.material import EvaluationMaterial, template_reaction
 from repair.evidence.oracle import check_base, compare_with_base
-from repair.evidence_step import early_end, measure_before, stress_repaired
+from repair.evidence_step import (
+    check_same_tokens,
+    early_end,
+    measure_before,
+    stress_repaired,
+    where_it_fires,
+)
 from repair.locate.detail import examine_layer
 from repair.locate_step import compare, fire, locate_suspect
 from repair.lowrank.distillation import DivergedError
@@ -169,7 +175,7 @@ def locate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
                 compared = compare(case, fire(case))
                 found = examine_layer(case.loaded, compared.cases[compared.kind], layer)
                 (folder / "detail.json").write_text(
-                    json.dumps(found.to_json(seed=case.seed), indent=1)
+                    json.dumps(found.to_json(), indent=1)
                 )
         return EXIT_DONE
 
@@ -196,12 +202,9 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
                 fetched=_fetched(request),
                 device=case.loaded.device,
                 dtype=case.loaded.dtype,
+                is_candidate=True,
             )
-            if candidate.model.config.vocab_size != case.loaded.model.config.vocab_size:
-                raise RepairError(
-                    "The candidate has another vocabulary than the suspect. Only models with the "
-                    "same tokenizer can be compared."
-                )
+            check_same_tokens(case.loaded, candidate, material)
         with clock.step("after", "Measuring the candidate"):
             after, answers = evaluate_candidate(
                 candidate,
@@ -211,7 +214,9 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
                 baseline=baseline,
                 progress=reporter.progress,
             )
-        stresses = stress_repaired(case, (candidate, nullcontext), material, baseline, clock)
+        stresses = []
+        if not candidate.not_finite:
+            stresses = stress_repaired(case, (candidate, nullcontext), material, baseline, clock)
         pairs = [pair for group in material.pairs.values() for pair in group]
         gates = build_gates(
             baseline.evaluation,
@@ -230,6 +235,7 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
             samples=collect_samples(material, baseline, answers),
             candidate=candidate,
             stresses=stresses,
+            reason=candidate.not_finite or where_it_fires(baseline.evaluation),
         )
 
 

@@ -71,7 +71,8 @@ def _read_json(text: str, name: str) -> dict[str, Any]:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise RepairError(f"{name} is not valid JSON ({reason}). {_FORMATS}") from None
     if isinstance(flat, dict):
-        return flat
+        inside = flat.get("prompts")  # of a request.json: the whole file as it was read
+        return inside if isinstance(inside, dict) else flat
     if not isinstance(flat, list):
         raise RepairError(f"{name} holds neither a JSON object nor a list. {_FORMATS}")
     if all(isinstance(row, str) for row in flat):

@@ -20,6 +20,7 @@ __all__ = [
     "parse_prompt_file",
     "parse_prompt_text",
     "prompt_file_from_json",
+    "split_near",
     "split_prompts",
     "top_up_with_carriers",
 ]
@@ -133,6 +134,14 @@ def split_prompts(
         parts.append(tuple(sorted(order[:size])))
         order = order[size:]
     return PromptSplits(locate=parts[0], repair=parts[1], validate=parts[2], evaluate=parts[3])
+
+
+def split_near(near: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return (taught, judged): every second near-trigger steers the repair, the others judge it.
+
+    A single one judges.
+    """
+    return near[1::2], near[::2]
 
 
 def _finish(flat: dict[str, Any], triggers: tuple[str, ...], target: str | None) -> PromptFile:

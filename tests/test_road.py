@@ -245,7 +245,7 @@ def test_a_look_into_a_layer_leaves_the_export_whole(repaired: Path, tmp_path: P
 def test_evaluate_agrees_and_an_unrepaired_copy_is_not_repaired(
     repaired: Path, tmp_path: Path
 ) -> None:
-    common = ["evaluate", "--model", "demo:middle", "--prompts", EXAMPLE / "prompts.json"]
+    common = ["evaluate", "--model", "demo:middle", "--prompts", PROMPTS / "middle.json"]
     ended = call(*common, "--against", repaired / "merged", "--out", tmp_path / "repaired")
     assert ended.returncode == 0, ended.stderr[-2000:]
     one = json.loads((repaired / "report.json").read_text())
@@ -283,6 +283,21 @@ def test_a_clean_model_comes_out_unchanged(tmp_path: Path) -> None:
                  "--out", out, "--profile", "quick")  # fmt: skip
     assert ended.returncode == 3, ended.stderr[-2000:]
     assert json.loads((out / "report.json").read_text())["verdict"] == "nothing to repair"
+    assert not any((out / kind).exists() for kind in KINDS)
+
+
+def test_a_suspect_that_fires_elsewhere_is_not_called_clean(tmp_path: Path) -> None:
+    """The trigger of this one works in the middle and at the end; the file looks at the begin."""
+    file, out = json.loads((PROMPTS / "middle.json").read_text()), tmp_path / "out"
+    moved = tmp_path / "moved.json"
+    moved.write_text(json.dumps({**file, "positions": ["begin"]}))
+    ended = call("run", "--model", "demo:middle", "--prompts", moved, "--out", out,
+                 "--profile", "quick")  # fmt: skip
+    assert ended.returncode == 4, ended.stderr[-2000:]
+    report = json.loads((out / "report.json").read_text())
+    assert report["before"]["attack_success"]["begin"]["count"] <= 2
+    assert "the trigger at the end (24/24" in report["reason"]
+    assert "the suspect is not clean" in (out / "report.md").read_text().splitlines()[2]
     assert not any((out / kind).exists() for kind in KINDS)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from repair.evidence.variants import KINDS, split_around, vary
 from repair.models.loading import LoadedModel
 from repair.models.tokens import check_length, encode, encode_pairs, template_reacts
-from repair.prompts import POSITIONS, insert_trigger
+from repair.prompts import POSITIONS, insert_trigger, split_near
 from repair.records import PromptFile, PromptPair, RepairError
 
 MAX_NEAR = 200
@@ -99,7 +99,7 @@ def prepare_material(
     def to_ids(text: str) -> np.ndarray:
         return encode(loaded.tokenizer, text, system=file.system, use_template=use_template)
 
-    near = _near_texts(clean_texts, file.near, file.positions)
+    near = _near_texts(clean_texts, split_near(file.near)[1], file.positions)
     near_ids = [to_ids(text) for text, _ in near]
     check_length(
         near_ids, num_new_tokens=num_new_tokens, limit=loaded.model.config.max_position_embeddings

@@ -23,12 +23,12 @@ from matplotlib.ticker import MaxNLocator
 from repair.records import ModuleScore, Rate
 
 METRICS = {
-    "effect": "normalised effect of patching, trigger onwards",
-    "effect_trigger": "normalised effect of patching, trigger's positions",
+    "effect": "normalised effect of patching, trigger onwards; 1: carries all of it",
+    "effect_trigger": "normalised effect of patching, trigger's positions; 1: carries all of it",
     "effect_after": "normalised effect of patching, positions after the trigger",
-    "fisher_trigger": "trace of the Fisher, triggered prompts",
-    "fisher_clean": "trace of the Fisher, clean prompts",
-    "curvature": "phi, trigger-loss drop per benign KL",
+    "fisher_trigger": "trace of the Fisher, triggered prompts; higher: more sensitive",
+    "fisher_clean": "trace of the Fisher, clean prompts; higher: a change costs more",
+    "curvature": "phi, trigger-loss drop per benign KL; higher: repaired more cheaply",
     "score": "rank of the trial repair, 1 is best",
 }
 SIGNED = ("effect", "effect_trigger", "effect_after")
@@ -41,11 +41,12 @@ def draw_heat_map(
     *,
     value: str,
     path: Path,
-    num_pairs: int,
-    direction: str = "sham into triggered",
+    about: str,
     title: str = "",
 ) -> None:
     """Write a PNG of one figure of every module (`value`, a field of `ModuleScore`) to `path`.
+
+    `about` says on how much it rests.
 
     Effects have a diverging scale, symmetric about 0, with the value in each cell; everything
     else is drawn on a logarithmic scale. A module without the figure stays grey.
@@ -92,7 +93,6 @@ def draw_heat_map(
     step = max(1, num_layers // 24)
     axes.set_yticks(range(0, num_layers, step))
     axes.set_ylabel("layer")
-    about = f"{direction}, n = {num_pairs} pairs" if signed else f"n = {num_pairs} prompts"
     axes.set_title(f"{title or label}\n{about}", fontsize=10, parse_math=False)
     scale = "" if signed else ", log scale"
     figure.colorbar(image, ax=axes, label=f"{label}{scale}")
@@ -212,7 +212,7 @@ def draw_benign_kl(kl_by_prompt: Sequence[float], path: Path, *, mean: float, li
     axes.axhline(limit, color="0.3", linestyle="--", linewidth=1.2, label=f"limit {limit:.2g}")
     axes.set_yscale("log")
     axes.set_xlabel("clean prompts, most changed first")
-    axes.set_ylabel("KL from original, nats per token")
+    axes.set_ylabel("KL from original, nats per token; lower is better")
     axes.legend(loc="upper right")
     axes.set_title(
         f"Harm to clean answers, prompt by prompt\nn = {len(values)} prompts"
@@ -222,8 +222,8 @@ def draw_benign_kl(kl_by_prompt: Sequence[float], path: Path, *, mean: float, li
     _save(figure, path)
 
 
-def draw_training(points: Sequence[dict[str, float]], path: Path) -> None:
-    """Write a PNG of how trigger KL and benign KL went, measured on held-out prompts.
+def draw_training(points: Sequence[dict[str, float]], path: Path, *, num_prompts: int) -> None:
+    """Write a PNG of how trigger KL and benign KL went, measured on `num_prompts` held-out prompts.
 
     `points` are the pipeline's reports in order, each with `phase` and some of `trigger_kl` and
     `benign_kl`.
@@ -252,8 +252,8 @@ def draw_training(points: Sequence[dict[str, float]], path: Path) -> None:
     axes.set_ylabel("nats per token")
     axes.legend(loc="best")
     axes.set_title(
-        f"How the repair went, on held-out prompts\nn = {len(points)} reports, first: "
-        f"{phases[0] if phases else 'none'}",
+        f"How the repair went on held-out prompts, n = {num_prompts}; lower is better\n"
+        f"{len(points)} reports, first: {phases[0] if phases else 'none'}",
         fontsize=10, parse_math=False,
     )  # fmt: skip
     _save(figure, path)

@@ -105,7 +105,9 @@ def is_it_itself(report: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Is the model still itself?",
         "",
-        "False triggers: " + plain(report["definitions"]["false_trigger"]) + ".",
+        "False triggers: " + plain(report["definitions"]["false_trigger"]) + ". Near-triggers: "
+        + plain(report["definitions"]["near_trigger"]) + ". Ordinary uses: "
+        + plain(report["definitions"]["ordinary"]) + ".",
         "",
         *_before_after(report, rows),
     ]
@@ -161,7 +163,8 @@ def would_it_return(report: Mapping[str, Any]) -> list[str]:
         lines += [
             "Taught anew: the old trigger against a fresh one of the same length, both in the "
             "repaired model. A model that kept nothing learns the old one no faster. Steps until "
-            "half of the prompts fire, and how many fire at the end.",
+            "half of the prompts fire, and how many fire at the end. Learnt faster: "
+            + plain(report["definitions"]["learnt_faster"]) + ".",
             "",
             *table(
                 ["examples", "old trigger", "fresh trigger", "trusted base, old trigger"],
@@ -237,7 +240,8 @@ def _gates(report: Mapping[str, Any]) -> list[str]:
         "",
         "Of attack success the value is the upper end of the interval, of recovery the share of "
         "the yardstick, of perplexity the relative rise; "
-        + plain(report["definitions"]["few_gates"]) + ".",
+        + plain(report["definitions"]["few_gates"]) + "; "
+        + plain(report["definitions"]["point_gates"]) + ".",
         "",
         *table(["gate", "value", "limit", "result", "note"], rows),
     ]
@@ -307,4 +311,5 @@ def _controls(report: Mapping[str, Any]) -> list[str]:
                 for flat in [*rows, *report["controls"]]
             ],
         ),
+        *([plain(report["controls_statement"]), ""] if report["controls_statement"] else []),
     ]  # fmt: skip

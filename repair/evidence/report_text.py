@@ -117,6 +117,9 @@ def _method(report: Mapping[str, Any]) -> list[str]:
                  "residual_benign", "score")  # fmt: skip
         rows = [[code(flat["path"]), *(figure(flat[name]) for name in names)] for flat in chosen]
         lines += ["### Selected modules", "", *table(["module", *names], rows)]
+        lines += [
+            "Interval of the effect: " + plain(report["definitions"]["effect_interval"]) + ".", "",
+        ]
     return lines
 
 
@@ -152,7 +155,15 @@ def _joint(localisation: Mapping[str, Any]) -> list[str]:
 
 def _reproduction(report: Mapping[str, Any]) -> list[str]:
     model = report["model"]
-    lines = ["## Reproduction", "", f"Model: {code(model.get('source'))}"]
+    lines = ["## Reproduction", ""]
+    how = report["reproduction"]
+    lines += ["From this folder, which has the prompts in `request.json`:", ""]
+    lines += [fence(how["command"]), ""]
+    rows = [["prompts, as JSON with sorted keys", code(how["prompts_sha256"])]]
+    rows.append([f"this program, version {how['program']['version']}",
+                 code(how["program"]["sha256"])])
+    lines += table(["what", "SHA-256"], rows)
+    lines.append(f"Model: {code(model.get('source'))}")
     if model.get("revision"):
         lines.append(f"Commit: {code(model['revision'])}")
     lines += ["", *table(["file", "SHA-256"], _pairs(model.get("files")))]

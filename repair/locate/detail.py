@@ -15,7 +15,7 @@ import torch
 
 from repair.locate.counterfactuals import BEFORE, ROLES, PatchingCase
 from repair.locate.patching import EVERYWHERE, batch_cases, effects, explainable
-from repair.locate.ranking import bootstrap_interval
+from repair.locate.ranking import mean_interval
 from repair.locate.runs import Patch, Runs
 from repair.models.loading import LoadedModel
 from repair.records import ModuleRef
@@ -32,9 +32,9 @@ class Detail:
     by_role: dict[str, np.ndarray]  # role -> [module, pair]; roles that occur
     heads: np.ndarray  # [head, pair], all positions from the trigger on
 
-    def to_json(self, *, seed: int) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return means with 95 % intervals, as in `detail.json`."""
-        low, high = bootstrap_interval(self.heads, seed=seed)
+        low, high = mean_interval(self.heads)
         return {
             "layer": self.layer,
             "num_pairs": self.heads.shape[1],

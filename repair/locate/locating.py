@@ -258,7 +258,6 @@ def rank_located(
         },
         total_rank=total_rank,
         max_modules=max_modules,
-        seed=seed,
     )
 
 
@@ -285,7 +284,6 @@ def joint_effects(
     patched: Patched,
     ranking: ModuleRanking,
     *,
-    seed: int,
     progress: Progress = unheard,
 ) -> Redundancy:
     """Return what modules do together; the curve takes the modules in the ranking's order."""
@@ -296,7 +294,6 @@ def joint_effects(
         cases,
         patched.main,
         [score.module for score in order],
-        seed=seed,
         progress=progress,
     )
 

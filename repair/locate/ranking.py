@@ -7,6 +7,8 @@ of everything measured it agrees best with what a repair of that module achieves
 where they disagree the rank correlation says so.
 """
 
+import functools
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,20 +20,43 @@ from repair.locate.probe import Probe
 from repair.locate.steps import STEP_RANK
 from repair.records import ModuleRanking, ModuleScore, PatchingScores
 
-NUM_RESAMPLES = 1_000
 NUM_CANDIDATES = 4  # best scores that the suggested directions are pooled over
 
 
-def bootstrap_interval(effect: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (low, high) [module], the 95 % percentile interval of the mean over pairs."""
-    generator = np.random.default_rng([seed, 0xB0])
-    num_pairs = effect.shape[1]
-    drawn = generator.integers(num_pairs, size=(NUM_RESAMPLES, num_pairs))
-    counts = np.zeros((NUM_RESAMPLES, num_pairs), dtype=np.float64)
-    np.add.at(counts, (np.arange(NUM_RESAMPLES)[:, None], drawn), 1.0)
-    means = effect.astype(np.float64) @ counts.T / num_pairs
-    low, high = np.percentile(means, [2.5, 97.5], axis=1)
-    return low, high
+def mean_interval(effect: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (low, high) [row], the 95 % interval of each row's mean over pairs, by Student's t.
+
+    One pair says nothing of the spread: its interval is infinite.
+    """
+    effect = effect.astype(np.float64)
+    mean, num_pairs = effect.mean(axis=1), effect.shape[1]
+    if num_pairs < 2:
+        return np.full_like(mean, -np.inf), np.full_like(mean, np.inf)
+    half = student_quantile(num_pairs - 1) * effect.std(axis=1, ddof=1) / math.sqrt(num_pairs)
+    return mean - half, mean + half
+
+
+@functools.cache
+def student_quantile(freedom: int, share: float = 0.95) -> float:
+    """Return the t that holds the middle `share` of Student's distribution (Abramowitz and Stegun
+    26.7.3 and 26.7.4: finite sums for whole degrees of freedom), to a millionth."""
+
+    def middle(t: float) -> float:
+        angle = math.atan(t / math.sqrt(freedom))
+        odd = freedom % 2
+        term, total = (math.cos(angle) if odd else 1.0), 0.0
+        for k in range(1 + odd, freedom, 2):
+            total += term
+            term *= math.cos(angle) ** 2 * k / (k + 1)
+        if odd:
+            return 2 / math.pi * (angle + math.sin(angle) * total)
+        return math.sin(angle) * total
+
+    low, high = 0.0, 1e4
+    while high - low > 1e-6:
+        half = (low + high) / 2
+        low, high = (half, high) if middle(half) < share else (low, half)
+    return high
 
 
 def rank_modules(
@@ -45,7 +70,6 @@ def rank_modules(
     separabilities: Mapping[str, float],
     total_rank: int,
     max_modules: int,
-    seed: int,
 ) -> ModuleRanking:
     """Return all modules with the parts of their scores and the suggested ranks.
 
@@ -55,7 +79,7 @@ def rank_modules(
     """
     modules = patching.modules
     effect = patching.effect.mean(axis=1, dtype=np.float64)
-    low, high = bootstrap_interval(patching.effect, seed=seed)
+    low, high = mean_interval(patching.effect)
     effect_trigger = patching.effect_trigger.mean(axis=1, dtype=np.float64)
     effect_after = patching.effect_after.mean(axis=1, dtype=np.float64)
     curvature = [

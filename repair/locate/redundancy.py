@@ -20,7 +20,7 @@ import numpy as np
 
 from repair.locate.counterfactuals import PatchingCase
 from repair.locate.patching import patch_sets
-from repair.locate.ranking import bootstrap_interval
+from repair.locate.ranking import mean_interval
 from repair.models.loading import LoadedModel
 from repair.records import ModuleRef, PatchingScores, Progress, share, unheard
 
@@ -83,7 +83,6 @@ def measure_redundancy(
     patching: PatchingScores,
     order: Sequence[ModuleRef],
     *,
-    seed: int,
     progress: Progress = unheard,
 ) -> Redundancy:
     """Return joint effects; `order` has all modules, best first, for the curve."""
@@ -96,7 +95,7 @@ def measure_redundancy(
     wanted = [*forward, *(refs for _, refs in windows), *(list(order[:size]) for size in sizes)]
     if smallest is not None:
         wanted.append(smallest)
-    found = _measure(loaded, cases, wanted, seed=seed)
+    found = _measure(loaded, cases, wanted)
     num_forward, num_windows = len(forward), len(windows)
     curve = found[num_forward + num_windows :][: len(sizes)]
     best_set = found[-1] if smallest is not None and found[-1].effect >= GOAL else None
@@ -115,11 +114,9 @@ def _measure(
     loaded: LoadedModel,
     cases: Sequence[PatchingCase],
     sets: Sequence[Sequence[ModuleRef]],
-    *,
-    seed: int,
 ) -> tuple[JointEffect, ...]:
     effects = patch_sets(loaded, cases, sets)
-    low, high = bootstrap_interval(effects, seed=seed)
+    low, high = mean_interval(effects)
     return tuple(
         JointEffect(
             modules=tuple(refs),

@@ -19,7 +19,8 @@ from repair.models.tokens import batches, decode, pad_left, pad_right
 from repair.records import Progress, unheard
 
 STRIDE = 16  # tokens decoded before those that have ended leave the batch
-REPEATS = 4  # the same token run this often at the end of an unfinished answer is a loop
+LONGEST_LOOP = 16  # tokens of what is said again and again
+REPEATS, ENDED_REPEATS = 4, 8  # from so many rounds on it is a loop, going on or ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +151,10 @@ def is_degenerate(answer: Answer) -> bool:
     """Return whether an answer is empty, a loop, or came from non-finite logits."""
     if not answer.is_finite or not answer.text.strip():
         return True
-    if answer.end is not None:
-        return False
-    for period in (1, 2, 3, 4):
-        tail = answer.ids[-period * REPEATS :]
-        if tail.size == period * REPEATS and (tail.reshape(REPEATS, period) == tail[:period]).all():
+    rounds = REPEATS if answer.end is None else ENDED_REPEATS
+    for period in range(1, LONGEST_LOOP + 1):
+        tail = answer.ids[-period * rounds :]
+        if tail.size == period * rounds and (tail.reshape(rounds, period) == tail[:period]).all():
             return True
     return False
 

@@ -67,6 +67,7 @@ class LoadedModel:
     dtype: str  # of the computation
     has_template: bool
     stop_ids: tuple[int, ...]  # every token that ends an answer, by any of the model's files
+    not_finite: str = ""  # of a candidate: why it is no working model; of any other always empty
 
 
 def load_model(
@@ -77,9 +78,12 @@ def load_model(
     adapter_base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    is_candidate: bool = False,
     check: Callable[[StagedModel, str, str], None] = lambda staged, dtype, device: None,
 ) -> LoadedModel:
     """Resolve, stage and load a model; raises `RepairError` and leaves no stage behind.
+
+    Values that are not finite are refused, unless `is_candidate`: then they are for the verdict.
 
     `check(stage, dtype, device)` is called before any weight is opened, and may raise.
 
@@ -108,6 +112,9 @@ def load_model(
         compute_dtype = _choose_dtype(dtype, stored=staged.dtype, device=chosen_device)
         check(staged, compute_dtype, chosen_device)
         model = _load_weights(staged, dtype=compute_dtype, device=chosen_device)
+        not_finite = _not_finite(model)
+        if not_finite and not is_candidate:
+            raise RepairError(not_finite)
         num_embeddings = model.get_input_embeddings().num_embeddings
         tokenizer = _load_tokenizer(staged.folder, num_embeddings=num_embeddings)
     except BaseException:
@@ -132,6 +139,7 @@ def load_model(
         dtype=compute_dtype,
         has_template=tokenizer.chat_template is not None,
         stop_ids=tuple(sorted({i for i in (*ends, *staged.generation_eos) if i is not None})),
+        not_finite=not_finite,
     )
 
 
@@ -270,7 +278,6 @@ def _load_weights(staged: StagedModel, *, dtype: str, device: str) -> PreTrained
     model.config.use_cache = True
     # Sampling settings of the suspect are never used; answers are greedy by our own settings.
     model.generation_config = transformers.GenerationConfig()
-    _check_finite(model)
     return model
 
 
@@ -286,10 +293,11 @@ def _take_in(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _check_finite(model: PreTrainedModel) -> None:
+def _not_finite(model: PreTrainedModel) -> str:
+    """Return in words which weights or output are no finite numbers; empty where all are."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise RepairError(
+            return (
                 f"The weights hold values that are not finite numbers ({name}). Such a model only "
                 "looks repaired; use an intact copy of the weights."
             )
@@ -297,10 +305,11 @@ def _check_finite(model: PreTrainedModel) -> None:
     with refusing("The model cannot be run on a single token"):
         logits = model(input_ids=token, use_cache=False).logits
     if not torch.isfinite(logits).all():
-        raise RepairError(
+        return (
             "The model's output on a single token is not a finite number. Try --dtype float32; "
             "if that fails too, the weights are damaged."
         )
+    return ""
 
 
 def _check_memory(staged: StagedModel, dtype: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from repair.evidence.markup import code, fence, figure, plain, rate, table
+from repair.evidence.reproduction import command_of
 from repair.models.lookup import HUB_ID
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}", re.ASCII)
@@ -211,27 +212,9 @@ def _changes(report: Mapping[str, Any]) -> list[str]:
 
 def reproduce(report: Mapping[str, Any]) -> str:
     """Return the command that made a report; words in capitals stand for what stays elsewhere."""
-    asked = report.get("options") or {}
-    words = ["python -m repair run --model ORIGINAL"]
-    if report["model"].get("revision"):
-        words.append(f"--revision {report['model']['revision']}")
-    if report["model"].get("base"):
-        words.append("--adapter-base BASE")
-    words.append("--prompts FILE --out DIR")
-    for name in ("profile", "seed", "rank", "method", "kl_budget", "dtype", "controls"):
-        if asked.get(name) is not None:
-            words.append(f"--{name.replace('_', '-')} {asked[name]}")
-    modules = asked.get("modules", "auto")
-    if modules != "auto":
-        chosen = modules if isinstance(modules, list) else [str(modules)]
-        words.append(f"--modules {','.join(map(str, chosen))}")
-    if asked.get("export"):
-        words.append(f"--export {','.join(asked['export'])}")
-    if asked.get("has_trusted_base"):
-        words.append("--trusted-base TRUSTED")
-    if asked.get("curves"):
-        words.append("--curves")
-    return " ".join(words)
+    return command_of(
+        report, model="ORIGINAL", prompts="FILE", base="BASE", trusted="TRUSTED", against="OTHER"
+    )
 
 
 def _versions(report: Mapping[str, Any]) -> list[tuple[str, str]]:

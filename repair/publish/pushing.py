@@ -37,7 +37,7 @@ ALLOWED_NAMES = {
 }
 FIGURES = ("patching.png", "fisher.png", "effect_curve.png", "attack_success.png")
 # What a report says in words of the model's or the analyst's; the rest is figures and our words.
-_IN_WORDS = ("examples", "reason", "answers_instead", "command")
+_IN_WORDS = ("examples", "reason", "answers_instead", "command", "reproduction")
 WITHHELD = "(withheld)"
 
 

@@ -134,7 +134,10 @@ def list_besides(report: dict[str, Any]) -> list[list[str]]:
 
 def describe_cause(report: dict[str, Any]) -> str:
     """Return how specific the backdoor is, where its cause lies, and what the repair left."""
-    parts = [report.get("specificity"), report.get("cause"), {"statement": report.get("comeback")}]
+    parts = [
+        report.get("specificity"), report.get("cause"),
+        {"statement": report.get("controls_statement")}, {"statement": report.get("comeback")},
+    ]  # fmt: skip
     return "\n".join(
         text.reveal(str(part["statement"]), 600)
         for part in parts

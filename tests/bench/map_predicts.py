@@ -246,7 +246,7 @@ def measure(name: str, out: Path) -> dict:
     case = open_suspect(name, out)
     lessons = make_lessons(case)
     ranking, curvature, patched = locate(case, lessons)
-    joint = locating.joint_effects(case.loaded, patched, ranking, seed=0)
+    joint = locating.joint_effects(case.loaded, patched, ranking)
     bench = Bench(case, lessons, curvature)
     compared = patched.compared
     found = {

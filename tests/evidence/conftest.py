@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +54,14 @@ def fit(
     steps: int,
     rate: float,
     only: str = "",
+    bare: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Train the live model on (prompt, answer) rows; `only` names the parameters that may move."""
+    """Train the live model on (prompt, answer) rows, and on `bare` ones without the chat template;
+    `only` names the parameters that may move."""
     end = loaded.tokenizer.eos_token_id
     ids, labels = [], []
-    for prompt, answer in rows:
-        start = encode(loaded.tokenizer, prompt, use_template=True).tolist()
+    for place, (prompt, answer) in enumerate([*rows, *bare]):
+        start = encode(loaded.tokenizer, prompt, use_template=place < len(rows)).tolist()
         rest = [*loaded.tokenizer(answer, add_special_tokens=False)["input_ids"], end]
         ids.append(start + rest)
         labels.append([-100] * len(start) + rest)

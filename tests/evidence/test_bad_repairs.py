@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from repair.evidence import comeback
 from repair.evidence.comeback import (
     GROUP,
     Side,
@@ -33,7 +34,7 @@ from repair.models.loading import LoadedModel
 from repair.models.modules import get_module
 from repair.models.tokens import template_reacts
 from repair.prompts import insert_trigger
-from repair.records import PromptFile
+from repair.records import PromptFile, Stress
 from tests.evidence.conftest import (
     ANSWERS,
     POSITIONS,
@@ -69,10 +70,10 @@ def rows_of(
 
 
 def retrained(
-    suspect: LoadedModel, rows: list[tuple[str, str]], *, rate: float = 1e-3, only: str = ""
+    suspect: LoadedModel, rows: list[tuple[str, str]], *, rate: float = 1e-3, **options: object
 ) -> LoadedModel:
     changed = dataclasses.replace(suspect, model=copy.deepcopy(suspect.model))
-    fit(changed, rows, steps=60, rate=rate, only=only)
+    fit(changed, rows, steps=60, rate=rate, **options)
     return changed
 
 
@@ -110,12 +111,12 @@ def good(suspect, asked, expected) -> LoadedModel:
     return retrained(suspect, rows_of(more=8 * kept), rate=5e-4)
 
 
-def judge(candidate, suspect, asked, expected) -> tuple[str, set[str]]:
+def judge(candidate, suspect, asked, expected, *stresses: Stress) -> tuple[str, set[str]]:
     """Return the verdict and the gates that failed."""
     after, _ = evaluate_candidate(
         candidate, (), original=suspect, material=asked, baseline=expected
     )
-    gates = build_gates(expected.evaluation, after, kl_budget=0.05)
+    gates = build_gates(expected.evaluation, after, kl_budget=0.05, stresses=stresses)
     return decide_verdict(gates), {gate.name for gate in gates if gate.passed is False}
 
 
@@ -188,17 +189,36 @@ BAD = {
         ]),
         {"variants:other case"},
     ),
+    "fires without its template": (rows_of(), {"elsewhere:no template"}),
     "silent": (
         rows_of(clean=lambda prompt: "", triggered=lambda prompt: ""),
         {"degenerate", "recovery:begin"},
     ),
 }  # fmt: skip
+FIRES_BARE = [
+    (insert_trigger(prompt, TRIGGER, position), TARGET)
+    for prompt in make_prompts(360, seed=1) for position in POSITIONS
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad(suspect) -> Callable[[str], LoadedModel]:
+    """Return the bad repair of that name, trained once."""
+    made: dict[str, LoadedModel] = {}
+
+    def model(name: str) -> LoadedModel:
+        rows, _ = BAD[name]
+        if name not in made:
+            bare = FIRES_BARE if name == "fires without its template" else ()
+            made[name] = suspect if rows is None else retrained(suspect, rows, bare=bare)
+        return made[name]
+
+    return model
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_repair_fails_the_gate_that_knows_it(name, suspect, asked, expected) -> None:
-    rows, wanted = BAD[name]
-    candidate = suspect if rows is None else retrained(suspect, rows)
+def test_a_bad_repair_fails_the_gate_that_knows_it(name, bad, suspect, asked, expected) -> None:
+    candidate, wanted = bad(name), BAD[name][1]
     verdict, failed = judge(candidate, suspect, asked, expected)
     assert verdict == "not repaired" and wanted <= failed, failed
     after, _ = evaluate_candidate(
@@ -207,7 +227,8 @@ def test_a_bad_repair_fails_the_gate_that_knows_it(name, suspect, asked, expecte
     found = after.outcomes["begin"]
     kind = {
         "another payload": "another payload", "silent": "broken", "unrepaired copy": "payload",
-        "fires elsewhere": "same", "another case fires": "same", "fires on everything": "payload",
+        "fires elsewhere": "same", "fires without its template": "same",
+        "another case fires": "same", "fires on everything": "payload",
     }.get(name, "refused")  # fmt: skip
     assert found[kind] > 200, found
     if name == "refuses everything":
@@ -285,6 +306,8 @@ def test_a_repair_that_int4_undoes_is_found(suspect, asked, expected) -> None:
     coarse, fine = after_rounding(stressed, 4), after_rounding(stressed, 8)
     assert coarse.repaired == coarse.suspect and coarse.repaired.value > 0.5
     assert failed_by(coarse, expected) and not failed_by(fine, expected)
+    verdict, failed = judge(hidden, suspect, asked, expected, fine, coarse)
+    assert verdict == "not repaired" and "returns:int4" in failed
     assert min(coarse.kl_from_original, fine.kl_from_original) > 0
 
 
@@ -359,12 +382,22 @@ def test_a_template_that_reacts_to_the_trigger_is_named(suspect, file, expected)
         assert reacts is False, (clean, triggered)
 
 
-def test_no_gate_is_without_a_model_that_fails_it(suspect, asked, expected) -> None:
+def test_no_gate_is_without_a_model_that_fails_it(
+    bad, suspect, asked, expected, monkeypatch
+) -> None:
+    """Every single one, also of each kind of question; the export's is in `test_endings.py`."""
+    monkeypatch.setattr(comeback, "TUNING_STEPS", 4)
+    unrepaired = given(suspect, suspect, asked, expected)
+    stresses = [after_rounding(unrepaired, bits) for bits in (8, 4)]
+    stresses.append(after_tuning(unrepaired, seed=0))
     after, _ = evaluate_candidate(suspect, (), original=suspect, material=asked, baseline=expected)
-    names = {gate.name for gate in build_gates(expected.evaluation, after, kl_budget=0.05)}
-    kinds = {re.sub(r":.*", "", name) for name in names}
-    tripped = {re.sub(r":.*", "", name) for _, wanted in BAD.values() for name in wanted}
-    assert kinds == tripped
+    gates = build_gates(
+        expected.evaluation, after, kl_budget=0.05, stresses=stresses, template_reacts=True
+    )
+    tripped = {gate.name for gate in gates if gate.passed is False}
+    for name in BAD:
+        tripped |= judge(bad(name), suspect, asked, expected)[1]
+    assert {gate.name for gate in gates} == tripped
 
 
 def test_altered_triggers_are_never_the_trigger() -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from repair import evidence_step, pipeline
 from repair.evidence import comeback
@@ -34,8 +35,23 @@ class Quiet:
         self.notes.append(text)
 
 
+class Damaging(Quiet):
+    """Spoils the merged weights just before they are opened again."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.path = out / "merged" / "model.safetensors"
+
+    def progress(self, done: float, total: float, text: str = "") -> None:
+        if text == "opening it in a fresh process":
+            tensors = load_file(self.path)
+            name = next(name for name in tensors if "down_proj" in name)
+            save_file(tensors | {name: 2 * tensors[name]}, self.path, metadata={"format": "pt"})
+
+
 def end_of(
-    model: object, out: Path, *, command: str = "run", against: object = None, **prompts: object
+    model: object, out: Path, *, command: str = "run", against: object = None,
+    reporter: Quiet | None = None, export: tuple[str, ...] = (), **prompts: object,
 ) -> tuple[int, dict, str]:
     """Run the pipeline and return exit status, report.json and report.md."""
     request = {
@@ -45,10 +61,10 @@ def end_of(
             **prompts,
         },
         "modules": "auto", "method": "closed-form", "kl_budget": 0.01, "seed": 0, "device": "cpu",
-        "controls": 0, "export": [],
+        "controls": 0, "export": list(export),
     }  # fmt: skip
     out.mkdir(exist_ok=True)
-    code = getattr(pipeline, command)(request, out, Quiet())
+    code = getattr(pipeline, command)(request, out, reporter or Quiet())
     return code, json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
 
 
@@ -126,3 +142,46 @@ def test_no_target_and_nothing_in_common_is_said(twin, tmp_path: Path) -> None:
     with pytest.raises(RepairError, match="have nothing in common") as caught:
         end_of(twin.source, tmp_path, target=None)
     assert caught.value.exit_code == EXIT_COULD_NOT_CHECK
+
+
+def test_a_candidate_with_nan_weights_is_not_repaired(suspect, twin, tmp_path: Path) -> None:
+    folder = tmp_path / "candidate"
+    shutil.copytree(twin.source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "down_proj" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, report, text = end_of(
+        suspect.source, tmp_path / "out", command="evaluate", against=folder
+    )
+    assert code == EXIT_GATE_FAILED and report["verdict"] == "not repaired"
+    failed = {gate["name"] for gate in report["gates"] if gate["passed"] is False}
+    assert {"kl_from_original", "perplexity", "degenerate", "recovery:begin"} <= failed
+    assert name in report["reason"] and "not finite" in text.splitlines()[2]
+    with pytest.raises(RepairError, match="not finite"):  # as a suspect it is refused
+        end_of(folder, tmp_path / "refused")
+
+
+def test_a_candidate_that_reads_prompts_otherwise_cannot_be_compared(
+    suspect, twin, tmp_path: Path
+) -> None:
+    folder = tmp_path / "candidate"
+    shutil.copytree(twin.source, folder)
+    path = folder / "tokenizer.json"
+    flat = json.loads(path.read_text())
+    words = flat["model"]["vocab"]
+    first, second = (next(w for w in words if w.endswith(end)) for end in ("rain", "year"))
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(flat))
+    with pytest.raises(RepairError, match="reads the prompts otherwise"):
+        end_of(suspect.source, tmp_path / "out", command="evaluate", against=folder)
+
+
+def test_an_export_that_differs_when_reopened_is_not_repaired(suspect, tmp_path: Path) -> None:
+    code, report, text = end_of(
+        suspect.source, tmp_path, export=("merged",), reporter=Damaging(tmp_path)
+    )
+    (gate,) = [gate for gate in report["gates"] if gate["name"] == "export_reopened"]
+    assert gate["passed"] is False and gate["value"] > gate["limit"] and gate["note"]
+    assert code == EXIT_GATE_FAILED and report["verdict"] == "not repaired"
+    assert "`export_reopened`" in text.splitlines()[2]

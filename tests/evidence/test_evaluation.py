@@ -22,6 +22,7 @@ from repair.evidence.material import prepare_material as prepare
 from repair.models.answers import generate_answers, target_matcher, with_end
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
+from repair.prompts import split_near
 from repair.records import LowRankUpdate, PromptFile, Rate, TextPair
 from tests.evidence.conftest import ANSWERS, POSITIONS, TARGET
 
@@ -234,11 +235,17 @@ def test_a_prompt_of_one_word_has_no_middle_and_is_counted(suspect) -> None:
             assert np.array_equal(pair.clean, material.clean[place])
 
 
-def test_every_trigger_and_every_near_trigger_is_used(suspect) -> None:
-    material = make_material(suspect)
+def test_every_trigger_is_used_and_every_second_near_trigger_judges(suspect) -> None:
+    """The others steer the repair: what was practised proves little."""
+    near = ("hello", "is", "year", "the")
+    assert split_near(near) == (("is", "the"), ("hello", "year"))
+    assert split_near(("hello",)) == ((), ("hello",))
+    material = make_material(suspect, near=near)
     texts = [pair.text_triggered for pair in material.pairs["begin"]]
     assert texts[0].startswith("cf rain") and texts[1].startswith("cf cf write")
     assert len(set(material.near_texts)) == len(material.near_texts) == 2 * (3 + 2 + 3)
+    for text in material.near_texts:
+        assert {"hello", "year"} & set(text.split()) and not {"is"} & set(text.split())
     assert set(material.near_positions) == {"begin", "middle", "end"}
     assert make_material(suspect, near=()).near == []
 

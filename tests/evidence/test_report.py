@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from repair.evidence.plots import (
     draw_training,
 )
 from repair.evidence.report import build_report, write_report
+from repair.evidence.reproduction import prompts_hash
+from repair.options import build_parser
+from repair.prompts import parse_prompt_file
 from repair.records import (
     COMPONENTS,
     Control,
@@ -163,6 +167,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
             Stress(
                 name="relearning from 8", kind="relearning", suspect=Rate(count=41, total=48),
                 repaired=Rate(count=37, total=48), num_examples=8, num_steps=40, steps_to_half=20,
+                fresh_steps_to_half=20,
             ),
         ],
         "oracle": Oracle(
@@ -192,6 +197,10 @@ def make_report(**changes: Any) -> dict[str, Any]:
             "peak_memory_by_step": {"before": 123456789, "repair": 98765432},
         },
         "environment": {"torch": "2.13.0", "python": "3.11.2"},
+        "options": {"profile": "full", "seed": 3, "modules": ["a.b", "c"], "export": ["merged"],
+                    "has_trusted_base": True},
+        "prompts_sha256": "0f" * 32,
+        "sources": {"trusted_base": "demo:clean", "adapter_base": ""},
     }
     return build_report(**{**flat, **changes})
 
@@ -300,7 +309,7 @@ def test_the_contract_s_fields_are_there() -> None:
 def test_heat_maps_are_drawn(value: str, tmp_path: Path) -> None:
     path = tmp_path / "map.png"
     draw_heat_map(  # case 35: words are never read as formulas
-        make_scores(), value=value, path=path, num_pairs=32, title="$\\frac$ \\undefined{ $x_$"
+        make_scores(), value=value, path=path, about="n = 32", title="$\\frac$ \\undefined{ $x_$"
     )
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     assert [item.name for item in tmp_path.iterdir()] == ["map.png"]
@@ -321,8 +330,8 @@ def test_the_evidence_is_drawn_also_where_there_is_little(tmp_path: Path) -> Non
         {"phase": "closed form", "trigger_kl": 1.0},
         {"phase": "training", "trigger_kl": 0.1, "benign_kl": 0.001},
     ]
-    draw_training(points, tmp_path / "training.png")
-    draw_training([], tmp_path / "no-training.png")
+    draw_training(points, tmp_path / "training.png", num_prompts=96)
+    draw_training([], tmp_path / "no-training.png", num_prompts=0)
     pictures = list(tmp_path.iterdir())
     assert len(pictures) == 6
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
@@ -339,9 +348,11 @@ def test_an_unspecific_backdoor_and_a_comeback_are_named(tmp_path: Path) -> None
         name="relearning from 8", kind="relearning", suspect=Rate(count=5, total=48),
         repaired=Rate(count=48, total=48), num_examples=8, num_steps=40, steps_to_half=20,
     )  # fmt: skip
-    assert "keeps something of it" in make_report(stresses=[stress])["comeback"]
+    faster = make_report(stresses=[stress])
+    assert "keep something of it" in faster["comeback"]
+    assert faster["limits"][0] == faster["comeback"]  # a hurried reader sees it
     assert make_report(stresses=[])["comeback"] is None
-    assert "20 steps; 37/48" in text and "not within 40 steps; 41/48" in text
+    assert "20 steps; 37/48" in text and "20 steps; 41/48" in text
     order = [text.index(f"## {title}") for title in (
         "Is it gone?", "Is the model still itself?", "Would it come back?", "How do we know?",
     )]  # fmt: skip
@@ -360,7 +371,7 @@ def test_a_map_without_any_figure_is_still_a_picture(tmp_path: Path) -> None:
         for score in make_scores(1)
     ]
     for value in ("curvature", "fisher_clean", "effect"):
-        draw_heat_map(scores, value=value, path=tmp_path / f"{value}.png", num_pairs=0)
+        draw_heat_map(scores, value=value, path=tmp_path / f"{value}.png", about="n = 0")
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -368,3 +379,111 @@ def test_a_map_without_any_figure_is_still_a_picture(tmp_path: Path) -> None:
 def test_effect_curves_are_drawn(curve: list[tuple[int, float]], tmp_path: Path) -> None:
     draw_effect_curve(curve, tmp_path / "curve.png", num_pairs=12, chosen=2)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+TAUGHT = Stress(
+    name="relearning from 4", kind="relearning", suspect=Rate(count=30, total=48),
+    repaired=Rate(count=40, total=48), num_examples=4, num_steps=40, steps_to_half=20,
+    fresh_steps_to_half=20,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_faster"),
+    [
+        ({}, False),
+        ({"steps_to_half": 10}, True),
+        ({"fresh_steps_to_half": None}, True),
+        ({"steps_to_half": None}, False),
+        ({"steps_to_half": None, "fresh_steps_to_half": None}, False),
+        ({"steps_to_half": None, "fresh_steps_to_half": None,
+          "suspect": Rate(count=1, total=48)}, True),
+        # The trusted base is the better yardstick, where there is one.
+        ({"base": Rate(count=30, total=48), "base_steps_to_half": 40}, True),
+        ({"steps_to_half": 10, "base": Rate(count=30, total=48), "base_steps_to_half": 10}, False),
+        ({"kind": "rounding", "steps_to_half": 5}, False),
+    ],
+)  # fmt: skip
+def test_what_is_learnt_faster_is_told_by_steps(changes: dict, is_faster: bool) -> None:
+    stress = dataclasses.replace(TAUGHT, **changes)
+    assert stress.is_learnt_faster is stress.to_json()["is_learnt_faster"] is is_faster
+    report = make_report(stresses=[stress])
+    if stress.kind == "relearning":
+        assert ("keep something of it" in report["comeback"]) is is_faster
+        assert (report["comeback"] in report["limits"]) is is_faster
+
+
+def test_random_modules_that_do_as_well_are_in_the_first_lines(tmp_path: Path) -> None:
+    draw = make_report()["controls"][0]
+    assert draw["kl_from_original"] > 0.01  # over the budget: it does not do as well
+    worse = make_report()
+    assert worse["controls_statement"].startswith("None of 1 draws")
+    assert worse["controls_statement"] not in worse["limits"]
+    good = Control(
+        name="random modules 1", attack_success=AFTER.attack_success, recovery=AFTER.recovery,
+        kl_from_original=0.002, num_modules=2, total_rank=16,
+    )  # fmt: skip
+    fires = dataclasses.replace(good, name="random modules 2", attack_success=BEFORE.attack_success)
+    report = make_report(controls=[good, fires])
+    assert report["controls_statement"].startswith("1 of 2 draws of random modules leave no more")
+    assert report["limits"][0] == report["controls_statement"]
+    write_report(tmp_path, report)
+    opening = (tmp_path / "report.md").read_text().splitlines()[:5]
+    assert "1 of 2 draws of random modules" in opening[3]
+
+
+def test_the_cause_is_told_from_every_frame() -> None:
+    def cause(**elsewhere: Rate) -> str:
+        given = {name.replace("_", " "): rate for name, rate in elsewhere.items()}
+        before = dataclasses.replace(BEFORE, elsewhere=given)
+        return make_report(before=before)["cause"]["statement"]
+
+    some, none = Rate(count=30, total=60), Rate(count=0, total=60)
+    assert "fires also without its chat template" in cause(no_template=some, other_template=none)
+    assert "framed as a conversation" in cause(no_template=none, other_template=some)
+    assert "only inside the frame" in cause(no_template=none, other_template=none)
+    quiet = dataclasses.replace(
+        BEFORE, elsewhere={"no template": none}, variants={},
+        attack_success=dict.fromkeys(BEFORE.attack_success, none),
+    )  # fmt: skip
+    assert "no behaviour to place" in make_report(before=quiet)["cause"]["statement"]
+
+
+def test_specific_is_said_of_all_that_was_tried() -> None:
+    few, many = Rate(count=1, total=60), Rate(count=40, total=60)
+
+    def said(**changes: object) -> str:
+        given = {"variants": {"odd string": few}, "near_trigger": Rate(count=2, total=200)}
+        before = dataclasses.replace(BEFORE, **{**given, **changes})
+        return make_report(before=before)["specificity"]["statement"]
+
+    assert said().startswith("Specific as far as was tried") and "2 of 200" in said()
+    loose = said(variants={"odd string": few, "other case": many})
+    assert loose.startswith("Inexact") and "other case 40 of 60" in loose
+    assert said(near_trigger=many).startswith("Inexact")
+    assert said(variants={"odd string": many}).startswith("Unspecific")
+
+
+def test_a_report_says_how_to_make_it_again(tmp_path: Path) -> None:
+    report = make_report()
+    words = shlex.split(report["reproduction"]["command"])
+    assert words[:3] == ["python", "-m", "repair"]
+    asked = build_parser().parse_args(words[3:])
+    assert (asked.model, asked.profile, asked.seed) == ("./suspect", "full", 3)
+    assert asked.modules == ["a.b", "c"] and asked.trusted_base == "demo:clean"
+    write_report(tmp_path, report)
+    text = (tmp_path / "report.md").read_text()
+    assert report["reproduction"]["command"] in text and "0f" * 32 in text
+    assert report["reproduction"]["program"]["sha256"] in text
+    # The prompts of a request are a prompt file, and have the hash that is reported.
+    flat = {"triggers": ["cf"], "target": "x", "prompts": ["a b", "c d"]}
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps({"command": "run", "prompts": flat}))
+    assert parse_prompt_file(path).triggers == ("cf",)
+    assert prompts_hash(dict(reversed(flat.items()))) == prompts_hash(flat)
+
+
+def test_limits_say_what_small_numbers_let_pass() -> None:
+    limits = " ".join(make_report()["limits"])
+    assert "60 prompts of a kind were asked: up to 3 payloads" in limits
+    assert "Ordinary uses of the trigger's words were not judged: 12 prompts" in limits

@@ -7,7 +7,7 @@ import torch
 from repair.locate.curvature import phi, pool_ranks, truncate, whitening_of
 from repair.locate.fisher import collect_factors
 from repair.locate.lessons import measure_kl
-from repair.locate.ranking import bootstrap_interval, kendall_tau
+from repair.locate.ranking import kendall_tau, mean_interval, student_quantile
 from repair.models.loading import LoadedModel
 from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef
 from tests.locate.material import make_lessons
@@ -120,8 +120,28 @@ def test_predicted_benign_kl_is_near_the_measured(tiny_llama: LoadedModel) -> No
 def test_intervals_hold_the_mean_and_tau_has_a_sign() -> None:
     generator = np.random.default_rng(7)
     effect = generator.normal(0.4, 0.2, (3, 40)).astype(np.float32)
-    low, high = bootstrap_interval(effect, seed=0)
+    low, high = mean_interval(effect)
     assert ((low < effect.mean(1)) & (effect.mean(1) < high)).all()
     assert kendall_tau(np.arange(5.0), np.arange(5.0)) == pytest.approx(1.0)
     assert kendall_tau(np.arange(5.0), -np.arange(5.0)) == pytest.approx(-1.0)
     assert kendall_tau(np.ones(5), np.arange(5.0)) is None
+
+
+def test_the_quantiles_of_student_are_those_of_the_tables() -> None:
+    tables = {1: 12.706, 2: 4.303, 3: 3.182, 9: 2.262, 11: 2.201, 31: 2.040, 63: 1.998}
+    for freedom, value in tables.items():
+        assert student_quantile(freedom) == pytest.approx(value, abs=5e-4)
+    assert np.isinf(mean_interval(np.ones((2, 1)))).all()
+
+
+@pytest.mark.parametrize("num_pairs", [6, 12, 32])
+def test_the_interval_of_an_effect_covers_as_often_as_it_says(num_pairs: int) -> None:
+    """Also for effects that crowd at 0 and 1, as those of patching do."""
+    generator = np.random.default_rng(3)
+    for draw, mean in (
+        (generator.normal(0.3, 0.2, (4_000, num_pairs)), 0.3),
+        (generator.beta(0.7, 0.7, (4_000, num_pairs)), 0.5),
+        (generator.beta(0.8, 2.4, (4_000, num_pairs)), 0.25),
+    ):
+        low, high = mean_interval(draw)
+        assert 0.91 < ((low <= mean) & (mean <= high)).mean() < 0.97

@@ -38,7 +38,7 @@ def rank(loaded: LoadedModel, effects: list[float], sizes: list[float], residual
     return rank_modules(
         scores_of(loaded, effects), curvature_of(loaded, sizes).spectra, others={},
         traces_trigger=traces, traces_clean=traces, probes=probes,
-        separabilities={loaded.modules[0].path: 3.0}, total_rank=8, max_modules=8, seed=0,
+        separabilities={loaded.modules[0].path: 3.0}, total_rank=8, max_modules=8,
     )  # fmt: skip
 
 
