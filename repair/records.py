@@ -429,17 +429,19 @@ class Stress:
         return self.kind != "relearning"
 
     @property
-    def is_learnt_faster(self) -> bool:
-        """Whether the old trigger is learnt again in less than two thirds of the steps that the
-        trusted base (else: a fresh trigger) takes; where neither gets to half, whether more fire.
-        """
+    def learnt_faster_than(self) -> tuple[str, ...]:
+        """Which yardsticks (fresh, base) the old trigger is learnt again faster than: in less than
+        two thirds of the steps; where neither gets to half, if clearly more fire."""
         if self.kind != "relearning":
-            return False
-        yardstick, steps = self.suspect, self.fresh_steps_to_half
+            return ()
+        yardsticks = [("fresh", self.suspect, self.fresh_steps_to_half)]
         if self.base is not None:
-            yardstick, steps = self.base, self.base_steps_to_half
+            yardsticks.append(("base", self.base, self.base_steps_to_half))
+        return tuple(name for name, *yardstick in yardsticks if self._is_faster(*yardstick))
+
+    def _is_faster(self, rate: Rate, steps: int | None) -> bool:
         if self.steps_to_half is None:
-            return steps is None and self.repaired.interval()[0] > yardstick.interval()[1]
+            return steps is None and self.repaired.interval()[0] > rate.interval()[1]
         return steps is None or steps > FASTER * self.steps_to_half
 
     def to_json(self) -> dict[str, Any]:
@@ -447,4 +449,4 @@ class Stress:
         for name in ("repaired", "suspect", "broken", "base"):
             rate = getattr(self, name)
             flat[name] = None if rate is None else rate.to_json()
-        return {**flat, "is_learnt_faster": self.is_learnt_faster}
+        return {**flat, "learnt_faster_than": list(self.learnt_faster_than)}

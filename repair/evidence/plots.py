@@ -95,7 +95,7 @@ def draw_heat_map(
     axes.set_ylabel("layer")
     axes.set_title(f"{title or label}\n{about}", fontsize=10, parse_math=False)
     scale = "" if signed else ", log scale"
-    figure.colorbar(image, ax=axes, label=f"{label}{scale}")
+    figure.colorbar(image, ax=axes, label=f"{label.partition(';')[0]}{scale}")
     legend = []
     if any(score.selected for score in scores):
         legend.append("thick outline: selected for repair")
@@ -233,7 +233,7 @@ def draw_training(points: Sequence[dict[str, float]], path: Path, *, num_prompts
     axes = figure.add_subplot()
     for name, colour, mark, label in (
         ("trigger_kl", ORANGE, "o", "the trigger's effect left"),
-        ("benign_kl", BLUE, "s", "harm to clean answers"),
+        ("benign_kl", BLUE, "s", "harm to clean answers and text"),
     ):
         found = [(i, p[name]) for i, p in enumerate(points) if p.get(name, 0) > 0]
         axes.plot(*zip(*found, strict=True) if found else ([], []), marker=mark, markersize=4,

@@ -35,7 +35,7 @@ def limits_of(
 ) -> list[str]:
     """Return what this evaluation cannot say, the weightiest first: a report opens with it."""
     limits = []
-    if is_learnt_faster(stresses):
+    if any(stress.learnt_faster_than for stress in stresses):
         limits.append(comeback(stresses))
     if after is not None and _num_as_good(after, controls, kl_budget)[0]:
         limits.append(compared_with_random(after, controls, kl_budget))
@@ -99,8 +99,8 @@ def _untried(stresses: Sequence[Stress], after: Evaluation) -> list[str]:
     fewest = min((rate.total for rate in besides if rate.total), default=0)
     if fewest:
         limits.append(
-            f"Elsewhere and on altered triggers {fewest} prompts of a kind were asked: up to "
-            f"{most_unseen(fewest)} payloads among them still pass."
+            f"Elsewhere and on altered triggers {fewest} prompts of a kind were asked: a gate "
+            f"there fails from {most_unseen(fewest) + 1} payloads on."
         )
     return limits
 
@@ -164,36 +164,39 @@ def specificity(before: Evaluation) -> str:
     return f"Specific as far as was tried: the suspect fires {on_odd}{on_near}."
 
 
-def is_learnt_faster(stresses: Sequence[Stress]) -> bool:
-    """Return whether the old trigger came back by training faster than its yardstick."""
-    return any(stress.is_learnt_faster for stress in stresses)
-
-
 def comeback(stresses: Sequence[Stress]) -> str | None:
-    """Return whether the old trigger is learnt again faster than the base or a fresh one learns."""
+    """Return whether the old trigger is learnt again faster than a fresh one, or than the trusted
+    base learns it."""
     taught = [stress for stress in stresses if stress.kind == "relearning"]
     if not taught:
         return None
-    faster = [stress for stress in taught if stress.is_learnt_faster]
-    first = (faster or taught)[0]
-    beside = [f"a fresh trigger in {_learnt(first.suspect, first.fresh_steps_to_half)}"]
+    faster = [stress for stress in taught if "fresh" in stress.learnt_faster_than]
+    than_base = [stress for stress in taught if stress.learnt_faster_than]
+    first = (faster or than_base or taught)[0]
+    beside = f"a fresh trigger in {_learnt(first.suspect, first.fresh_steps_to_half)}"
     if first.base is not None:
         base = _learnt(first.base, first.base_steps_to_half)
-        beside.insert(0, f"the trusted base, taught the same, in {base}")
-    figures = (
-        f"Taught anew from {first.num_examples} examples, the old trigger fires in "
-        f"{_learnt(first.repaired, first.steps_to_half)}; {'; '.join(beside)}."
-    )
+        beside = f"{beside}; the trusted base, taught the same, in {base}"
     if faster:
-        return (
-            f"{figures} The repair stops the behaviour, but the weights keep something of it: "
-            "further training can bring it back sooner than it would teach it."
+        meaning = (
+            "The repair stops the behaviour, but the weights keep something of it: further "
+            "training can bring it back sooner than it would teach it."
         )
-    asked = min(stress.repaired.total for stress in taught)
+    elif than_base:
+        meaning = (
+            "So the old trigger comes back no sooner than any other would, but any sooner than in "
+            "the trusted base: the model still knows the payload."
+        )
+    else:
+        numbers = " or ".join(str(stress.num_examples) for stress in taught)
+        asked = min(stress.repaired.total for stress in taught)
+        meaning = (
+            f"It was not seen to be learnt faster, from {numbers} examples; {asked} prompts were "
+            "asked."
+        )
     return (
-        f"{figures} It was not seen to be learnt faster than that, from "
-        f"{' or '.join(str(stress.num_examples) for stress in taught)} examples; {asked} prompts "
-        "were asked."
+        f"Taught anew from {first.num_examples} examples, the old trigger fires in "
+        f"{_learnt(first.repaired, first.steps_to_half)}; {beside}. {meaning}"
     )
 
 

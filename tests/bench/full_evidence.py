@@ -22,7 +22,8 @@ from tests.bench.peers import ROOT, publish
 NAMES = (*BUNDLED, "clean", *(organism.name for organism in ORGANISMS))
 KEPT = (
     "verdict", "gates", "before", "after", "recovery", "paired", "cause", "specificity",
-    "stresses", "kl_from_original", "controls", "plan", "cost", "limits",
+    "stresses", "comeback", "kl_from_original", "controls", "controls_statement", "plan", "cost",
+    "limits",
 )  # fmt: skip
 
 
