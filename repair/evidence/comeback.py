@@ -41,6 +41,7 @@ RANK, RATE = 8, 1e-3
 TUNING_STEPS, TUNING_BATCH = 200, 8
 NUM_EXAMPLES = (4, 8, 16, 32)
 RELEARNING_CHECKS = (5, 10, 20, 40)  # steps after which the payload is looked for
+RELEARNING_BATCH = 16  # rows of a step at most, so that steps mean the same for more examples
 
 Rows = tuple[list[np.ndarray], list[np.ndarray]]  # prompts, answers
 
@@ -128,7 +129,7 @@ def after_relearning(given: Stressed, num_examples: int, *, seed: int) -> Stress
             for check in RELEARNING_CHECKS:
                 _train(
                     side.loaded, peft_model, rows, steps=check - before, seed=seed + check,
-                    batch_size=2 * num_examples,
+                    batch_size=RELEARNING_BATCH,
                 )  # fmt: skip
                 before = check
                 if half is None or check == RELEARNING_CHECKS[-1]:
