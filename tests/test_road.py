@@ -254,7 +254,8 @@ def test_evaluate_agrees_and_an_unrepaired_copy_is_not_repaired(
     assert one["kl_from_original"] == pytest.approx(two["kl_from_original"], rel=0.05, abs=1e-7)
     assert two["tensors"]["num_changed"] == len(one["plan"]["modules"])
     assert two["tensors"]["num_tensors"] > 50
-    ended = call(*common, "--against", "demo:middle", "--out", tmp_path / "copy",
+    ended = call("evaluate", "--model", "demo:begin", "--against", "demo:begin", "--out",
+                 tmp_path / "copy", "--prompts", write_pairs(tmp_path / "few.json", 60),
                  "--profile", "quick")  # fmt: skip
     assert ended.returncode == 1
     assert not any((tmp_path / "copy" / kind).exists() for kind in KINDS)
@@ -321,17 +322,22 @@ def test_locating_looks_into_a_layer_and_says_what_it_rests_on(tmp_path: Path) -
     assert max(head["effect"] for head in detail["heads"]) > 0.05
 
 
+def write_pairs(path: Path, num: int) -> Path:
+    """Write pairs, as the benchmark has them; few, where their number is not the subject."""
+    file = json.loads((PROMPTS / "begin.json").read_text())
+    pairs = [
+        {"clean": text, "triggered": f"{file['trigger']} {text}"} for text in file["prompts"][:num]
+    ]
+    path.write_text(json.dumps({"pairs": pairs, "target": file["target"]}))
+    return path
+
+
 def test_a_full_disk_is_said_and_a_module_that_cannot_do_it_is_not_widened(
     tmp_path: Path,
 ) -> None:
     """Case 29."""
     out, path = tmp_path / "out", "model.layers.5.self_attn.q_proj"
-    # Pairs, as the benchmark has them; few, as their number is not the subject here.
-    file, few = json.loads((PROMPTS / "begin.json").read_text()), tmp_path / "pairs.json"
-    pairs = [
-        {"clean": text, "triggered": f"{file['trigger']} {text}"} for text in file["prompts"][:160]
-    ]
-    few.write_text(json.dumps({"pairs": pairs, "target": file["target"]}))
+    few = write_pairs(tmp_path / "pairs.json", 96)
     arguments = command(
         "run", "--model", "demo:begin", "--prompts", few, "--out", out,
         "--profile", "quick", "--controls", 0, "--export", "merged", "--modules", path,

@@ -5,6 +5,7 @@ everything on screen is then drawn from the job folder anew, so that no stale fi
 """
 
 import html
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Shell:
     settings: Settings
     session: gr.State
     selection: gr.State
-    seen: gr.State  # the `change_key` that the screen shows
+    seen: gr.Textbox  # as JSON, the `change_key` that the screen shows
     due: gr.State  # changed by a tick that saw another one: then everything is drawn
     told: gr.State  # the number of reported figures that the curves show
     browser: gr.BrowserState
@@ -91,7 +92,7 @@ class Shell:
         updates: Updates = {
             self.session: view.session,
             self.selection: selection,
-            self.seen: change_key(view),
+            self.seen: json.dumps(change_key(view)),
             self.browser: view.session.job_id,
             self.timer: gr.Timer(active=view.is_active),
             self.idle: gr.Timer(active=view.folder is not None and not view.is_active),
@@ -187,6 +188,15 @@ def change_key(view: View) -> tuple[Any, ...]:
     return (view.session.job_id, state, view.command, bool(view.scores), bool(view.report))
 
 
+def had_scores(seen: str) -> bool:
+    """Return whether a map stood on the screen, by what the page keeps of it."""
+    try:
+        key = json.loads(seen)
+    except ValueError:
+        return False
+    return isinstance(key, list) and len(key) > 3 and bool(key[3])
+
+
 def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
     """Build the header; call it first inside the Blocks."""
     with gr.Row(elem_id="facts"):
@@ -218,7 +228,9 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
         settings=settings,
         session=gr.State(Session()),
         selection=gr.State(Selection()),
-        seen=gr.State(()),
+        # Kept by the page, not by the server: two answers may arrive in the other order than they
+        # were made in, and this must say what stands on the screen.
+        seen=gr.Textbox("", visible="hidden", elem_id="seen", show_label=False, container=False),
         due=gr.State(0),
         told=gr.State(0),
         browser=gr.BrowserState(None, storage_key="llm-repair-job", secret=storage_secret),
@@ -310,7 +322,7 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
     """Wire polling, stop, and the return of a browser; call it after all tabs."""
 
     def tick(
-        request: gr.Request, session: Session, seen: tuple[Any, ...], told: int
+        request: gr.Request, session: Session, seen: str, told: int
     ) -> Updates:
         view = look(shell.settings, session, request)
         num_told = len(view.log.metrics)
@@ -319,24 +331,24 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
             updates |= draw(view)
         return updates | find_due(view, seen)
 
-    def look_idly(request: gr.Request, session: Session, seen: tuple[Any, ...]) -> Updates:
+    def look_idly(request: gr.Request, session: Session, seen: str) -> Updates:
         return find_due(look(shell.settings, session, request), seen)
 
-    def find_due(view: View, seen: tuple[Any, ...]) -> Updates:
+    def find_due(view: View, seen: str) -> Updates:
         # A case that another tab has deleted stays on screen until something is asked of it.
-        if view.folder is None or change_key(view) == seen:
+        if view.folder is None or json.dumps(change_key(view)) == seen:
             return {shell.due: gr.skip()}
         return {shell.due: time.monotonic_ns()}
 
     def redraw(
-        request: gr.Request, session: Session, selection: Selection, seen: tuple[Any, ...]
+        request: gr.Request, session: Session, selection: Selection, seen: str
     ) -> Updates:
         view = look(shell.settings, session, request)
-        if change_key(view) == seen:
+        if json.dumps(change_key(view)) == seen:
             return {shell.seen: gr.skip()}  # Somebody's click came first.
         announce_end(view)
         # The suggestion is chosen when the map appears, and never again by itself.
-        if view.scores and not (len(seen) > 3 and seen[3]):
+        if view.scores and not had_scores(seen):
             selection = suggested(view)
         return shell.show(view, selection)
 

@@ -5,6 +5,7 @@ leaves the machine, and on a page wider than its window. Screenshots go to `shot
 """
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -328,6 +329,19 @@ def test_an_idle_tab_notices_what_another_started(browser: Browser, address: str
     second.click("#stop")
     wait_for_value(second, "#fact-job", "Stopped")
     wait_for_value(first, "#fact-job", "Stopped")
+    # An answer that comes late puts an older state on the screen; the page knows which, and
+    # it is drawn anew.
+    drawn = first.locator("#seen textarea, #seen input").first
+    expect(drawn).to_have_value(re.compile('"stopped"'))
+    last = drawn.input_value()
+    first.evaluate(
+        "(old) => { const box = document.querySelector('#seen textarea, #seen input');"
+        " box.value = old.replace('stopped', 'running');"
+        " box.dispatchEvent(new Event('input', {bubbles: true})); }",
+        last,
+    )
+    assert drawn.input_value() != last
+    expect(drawn).to_have_value(last)
     assert problems == [], "\n".join(problems)
 
 
