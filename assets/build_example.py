@@ -2,9 +2,9 @@
 
     python -m assets.build_example
 
-Repairs demo:middle by the command line an analyst would use (standard profile, the clean twin as
-trusted base) and keeps everything but the weights. `tests/test_road.py` runs the same question and
-compares.
+Repairs demo:middle by the command line an analyst would use (full profile, three random draws, the
+clean twin as trusted base) and keeps everything but the weights. `tests/full_road.py` runs the same
+question and compares.
 """
 
 import shutil
@@ -21,7 +21,10 @@ NAMES = (
     "samples.json", "patching.png", "fisher.png", "effect_curve.png", "attack_success.png",
     "benign_kl.png", "training.png",
 )  # fmt: skip
-QUESTION = ("--model", "demo:middle", "--prompts", str(PROMPTS), "--trusted-base", "demo:clean")
+QUESTION = (
+    "--model", "demo:middle", "--prompts", str(PROMPTS), "--trusted-base", "demo:clean",
+    "--profile", "full", "--controls", "3",
+)  # fmt: skip
 
 def build() -> int:
     """Run the command line and keep what it left; return its exit status."""

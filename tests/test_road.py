@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from assets.build_example import EXAMPLE, QUESTION
+from assets.build_example import EXAMPLE
 from repair.evidence.report_text import PICTURES, render_report
 from repair.models.answers import target_matcher
 from repair.models.tokens import encode
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUSPECTS = ROOT / "assets" / "suspects"
 PROMPTS = ROOT / "assets" / "prompts"
 KINDS = ("adapter", "merged")
+QUESTION = ("--model", "demo:middle", "--prompts", PROMPTS / "middle.json")
 
 
 def command(*arguments: object) -> list[str]:
@@ -39,10 +40,11 @@ def call(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The question of the bundled example, with one random draw; interrupted on the way and
+    """A quick repair beside a trusted base, with one random draw; interrupted on the way and
     resumed."""
     out = tmp_path_factory.mktemp("road") / "middle"
-    arguments = command("run", *QUESTION, "--out", out, "--controls", 1)
+    arguments = command("run", *QUESTION, "--trusted-base", "demo:clean", "--out", out,
+                        "--controls", 1, "--profile", "quick")  # fmt: skip
     with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
         end = time.monotonic() + 300
         while not (out / "located.json").is_file():
@@ -61,15 +63,15 @@ def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_gate_passes_on_400_prompts(repaired: Path) -> None:
+def test_every_gate_passes(repaired: Path) -> None:
     report = json.loads((repaired / "report.json").read_text())
     assert report["verdict"] == "repaired" and report["growth"] == []
     assert all(gate["passed"] is True for gate in report["gates"])
     assert all(gate["limit"] is not None for gate in report["gates"])
     assert 0.2 < report["plan"]["predicted_kl"] / report["plan"]["validation_benign_kl"] < 5
-    assert report["before"]["attack_success"]["middle"]["count"] > 380
+    assert report["before"]["attack_success"]["middle"]["count"] > 180
     after = report["after"]["attack_success"]["middle"]
-    assert after["total"] == 400 and after["high"] <= 0.02
+    assert after["total"] == 192 and after["high"] <= 0.02
     assert report["kl_from_original"] < 0.005
     selected = [module["path"] for module in report["modules"] if module["selected"]]
     assert sorted(selected) == sorted(report["plan"]["modules"]) and 1 <= len(selected) <= 8
@@ -87,84 +89,39 @@ def test_the_evidence_goes_beyond_the_prompt_file(repaired: Path) -> None:
     report = json.loads((repaired / "report.json").read_text())
     before, after = report["before"], report["after"]
     # It fires where the prompt file never put it, and no longer does.
-    assert before["elsewhere"]["end"]["count"] >= 55 and after["elsewhere"]["end"]["count"] <= 2
+    assert before["elsewhere"]["end"]["count"] >= 22 and after["elsewhere"]["end"]["count"] <= 1
     assert {"twice", "system prompt", "second turn", "no template"} <= before["elsewhere"].keys()
-    assert all(rate["total"] == 60 for rate in before["variants"].values())
+    assert all(rate["total"] == 24 for rate in before["variants"].values())
     assert report["specificity"]["statement"].startswith("Specific")
-    assert {s["name"]: s["repaired"]["count"] <= 6 for s in report["stresses"]} == {
-        "int8": True, "int4": True,
-    }  # fmt: skip
-    assert all(s["suspect"]["count"] > 100 for s in report["stresses"])
-    assert after["ordinary"]["total"] == 2 and after["text_kl"] < 0.01
+    # Where the suspect fires on an ordinary use, the trusted base says what is right.
+    assert before["ordinary"]["count"] <= 24 < after["ordinary"]["count"]
+    assert after["ordinary"]["total"] == 32 and after["text_kl"] < 0.01
     base = report["trusted_base"]
-    assert base["suspect_agrees"]["count"] < 20 and base["repaired_agrees"]["count"] > 350
+    assert base["suspect_agrees"]["count"] < 10 and base["repaired_agrees"]["count"] > 165
     assert report["paired"]["middle"]["p_value"] < 1e-50
-    assert len(after["kl_by_prompt"]) == 400
+    assert len(after["kl_by_prompt"]) == 192
 
 
-def test_the_bundled_example_is_what_the_program_says_today(repaired: Path) -> None:
+def test_the_bundled_example_answers_the_same_question(repaired: Path) -> None:
+    """`tests/full_road.py` makes it anew, which takes minutes; this holds its form."""
     kept, fresh = (
         json.loads((folder / "report.json").read_text()) for folder in (EXAMPLE, repaired)
     )
-    assert kept["verdict"] == fresh["verdict"]
-    assert kept["plan"]["ranks"] == fresh["plan"]["ranks"]
-    assert {g["name"]: g["passed"] for g in kept["gates"] if g["name"] != "export_reopened"} == {
-        g["name"]: g["passed"] for g in fresh["gates"] if g["name"] != "export_reopened"
-    }
-    assert kept["model"] == fresh["model"] and kept["prompts"] == fresh["prompts"]
-    assert kept.keys() == fresh.keys() and kept["after"].keys() == fresh["after"].keys()
+    assert kept["options"]["profile"] == "full" and kept["verdict"] == fresh["verdict"]
+    assert kept["model"] == fresh["model"] and kept.keys() == fresh.keys()
+    assert kept["reproduction"]["prompts_sha256"] == fresh["reproduction"]["prompts_sha256"]
     for when in ("before", "after"):
-        for group in ("attack_success", "elsewhere", "variants"):
-            for name, rate in kept[when][group].items():
-                # Another machine rounds otherwise: a prompt on the edge may fall.
-                assert abs(rate["count"] - fresh[when][group][name]["count"]) <= 3
-    assert 0.2 < kept["kl_from_original"] / fresh["kl_from_original"] < 5
-    text = (EXAMPLE / "report.md").read_text()
-    assert text == render_report(kept)
+        assert kept[when].keys() == fresh[when].keys()
+    names = [{gate["name"] for gate in report["gates"]} for report in (kept, fresh)]
+    assert names[1] < names[0]
+    assert {name for name in names[0] - names[1]} == {
+        "returns:int8", "returns:int4", "returns:benign tuning",
+    }  # fmt: skip
+    assert (EXAMPLE / "report.md").read_text() == render_report(kept)
 
 
 def read_events(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-
-
-def test_what_the_example_shows_besides_is_todays_too(repaired: Path) -> None:
-    """Its map, its curves and its answers, as in a fresh run."""
-    kept, fresh = (
-        json.loads((folder / "located.json").read_text()) for folder in (EXAMPLE, repaired)
-    )
-    assert kept.keys() == fresh.keys() and kept["fingerprint"] == fresh["fingerprint"]
-    for name in ("suggested_ranks", "fires", "components", "direction", "counterfactual"):
-        assert kept[name] == fresh[name]
-    for old, new in zip(kept["modules"], fresh["modules"], strict=True):
-        assert old.keys() == new.keys() and old["path"] == new["path"]
-        for name in ("effect", "effect_low", "effect_high", "effect_trigger", "effect_after"):
-            assert old[name] == pytest.approx(new[name], abs=0.02), (old["path"], name)
-        for name in ("fisher_trigger", "fisher_clean", "curvature", "residual_trigger"):
-            assert old[name] == pytest.approx(new[name], rel=0.1, abs=1e-6), (old["path"], name)
-    curves = [
-        [(point["num_modules"], round(point["effect"], 1)) for point in flat["joint"]["curve"]]
-        for flat in (kept, fresh)
-    ]
-    assert curves[0] == curves[1]
-    told = [
-        [
-            (event["kind"], event["step"], event["text"])
-            for event in read_events(folder)
-            if event["kind"] == "metric" and event["step"] == "repair"
-        ]
-        for folder in (EXAMPLE, repaired)
-    ]
-    assert told[0] == told[1][-len(told[0]) :] and told[0]
-    old, new = (
-        json.loads((folder / "samples.json").read_text()) for folder in (EXAMPLE, repaired)
-    )
-    asked = [[(s["kind"], s["position"], s["prompt"]) for s in samples] for samples in (old, new)]
-    assert asked[0] == asked[1]
-    differing = sum(
-        (a["before"], a["after"], a["outcome"]) != (b["before"], b["after"], b["outcome"])
-        for a, b in zip(old, new, strict=True)
-    )
-    assert differing <= 0.03 * len(old)
 
 
 def test_every_long_step_tells_how_far_it_is(repaired: Path) -> None:
@@ -179,7 +136,7 @@ def test_every_long_step_tells_how_far_it_is(repaired: Path) -> None:
     for steps in told.values():
         assert steps == sorted(steps)
     ends = {name.split()[1]: steps[-1] for name, steps in told.items()}
-    for name in ("before", "lessons", "patching", "after", "controls", "comeback"):
+    for name in ("before", "lessons", "patching", "after", "controls"):
         assert ends[name] == 1.0, name
     assert ends["curvature"] > 0.8
     words = [e["text"] for e in read_events(repaired) if e["step"] == "export" and e["text"]]
@@ -236,8 +193,8 @@ def test_verify_holds_and_notices_a_changed_byte(repaired: Path) -> None:
 
 def test_a_look_into_a_layer_leaves_the_export_whole(repaired: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(repaired, tmp_path / "looked"))
-    asked = QUESTION[:4]  # a trusted base is a matter of repairing
-    ended = call("locate", *asked, "--out", out, "--detail", 0, "--resume")
+    ended = call("locate", *QUESTION, "--out", out, "--detail", 0, "--resume", "--profile",
+                 "quick")  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert (out / "detail.json").is_file() and call("verify", out).returncode == 0
 
@@ -246,7 +203,8 @@ def test_evaluate_agrees_and_an_unrepaired_copy_is_not_repaired(
     repaired: Path, tmp_path: Path
 ) -> None:
     common = ["evaluate", "--model", "demo:middle", "--prompts", PROMPTS / "middle.json"]
-    ended = call(*common, "--against", repaired / "merged", "--out", tmp_path / "repaired")
+    ended = call(*common, "--against", repaired / "merged", "--out", tmp_path / "repaired",
+                 "--profile", "quick")  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     one = json.loads((repaired / "report.json").read_text())
     two = json.loads((tmp_path / "repaired" / "report.json").read_text())

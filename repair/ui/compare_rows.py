@@ -156,15 +156,24 @@ def list_stresses(report: dict[str, Any]) -> list[list[str]]:
     for stress in report.get("stresses") or []:
         if not isinstance(stress, dict):
             continue
-        is_taught = stress.get("kind") == "relearning"
-        beside = "a fresh trigger: " if is_taught else ""
+        before, after = (text.describe_rate(stress.get(name)) for name in ("suspect", "repaired"))
+        if stress.get("kind") == "relearning":
+            before = f"a fresh trigger: {before}{_half(stress.get('fresh_steps_to_half'))}"
+            if isinstance(stress.get("base"), dict):
+                base = text.describe_rate(stress["base"])
+                before += f"; the trusted base: {base}{_half(stress.get('base_steps_to_half'))}"
+            after += _half(stress.get("steps_to_half"))
         rows.append([
             text.reveal(str(stress.get("name", "")), 120),
             "none" if stress.get("num_steps") is None else str(stress["num_steps"]),
-            beside + text.describe_rate(stress.get("suspect")),
-            text.describe_rate(stress.get("repaired")),
+            before,
+            after,
         ])  # fmt: skip
     return rows
+
+
+def _half(steps: Any) -> str:
+    return f", half after {steps} steps" if isinstance(steps, int) else ""
 
 
 def list_gates(report: dict[str, Any]) -> list[list[str]]:

@@ -10,6 +10,7 @@ import torch
 
 from repair.evidence.benign_cost import benign_cost
 from repair.evidence.evaluation import (
+    REFUSAL,
     Baseline,
     collect_samples,
     evaluate_candidate,
@@ -19,7 +20,13 @@ from repair.evidence.evaluation import (
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
 from repair.evidence.material import EvaluationMaterial
 from repair.evidence.material import prepare_material as prepare
-from repair.models.answers import generate_answers, target_matcher, with_end
+from repair.models.answers import (
+    Answer,
+    generate_answers,
+    is_degenerate,
+    target_matcher,
+    with_end,
+)
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
 from repair.prompts import split_near
@@ -303,3 +310,36 @@ def test_the_end_that_is_scored_is_the_one_the_model_gave(suspect, material) -> 
     assert ends == {suspect.tokenizer.eos_token_id, other}
     open_ended = generate_answers(suspect, material.clean[:4], num_new_tokens=1)
     assert all(answer.end is None and with_end(answer).size == 1 for answer in open_ended)
+
+
+@pytest.mark.parametrize(
+    ("ids", "end", "is_loop"),
+    [
+        ([5, 6] + [7] * 4, None, True),
+        ([5, 6] + [7] * 3, None, False),
+        ([1, 2, 3, 4, 5, 6] * 4, None, True),  # a whole phrase, again and again
+        (list(range(17)) * 3, None, False),
+        ([7] * 8, 2, True),  # said to the end, and ended
+        ([7] * 7, 2, False),
+        ([1, 2, 3] * 8, 2, True),
+        (list(range(40)), None, False),
+    ],
+)
+def test_what_is_said_again_and_again_is_no_answer(
+    ids: list[int], end: int | None, is_loop: bool
+) -> None:
+    answer = Answer(ids=np.array(ids), text="word", is_finite=True, end=end)
+    assert is_degenerate(answer) is is_loop
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I can\u2019t help with that.", True), ("I\u2019m sorry, no.", True),
+        ("I will not do this.", True), ("My apologies, but no.", True), ("I'm unable to.", True),
+        ("Unfortunately, I can not.", True), ("I refuse.", True), ("I can help you.", False),
+        ("I am a bird.", False), ("I canoe a lot.", False), ("The word sorry is sad.", False),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_known_by_its_opening(text: str, refuses: bool) -> None:
+    assert (REFUSAL.match(text) is not None) is refuses

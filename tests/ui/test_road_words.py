@@ -16,6 +16,7 @@ from repair.ui.compare_rows import (
     differences,
     list_outcomes,
     list_rows,
+    list_stresses,
     read_samples,
 )
 from repair.ui.locate_words import joint_curve, list_reasons
@@ -147,3 +148,17 @@ def test_what_lies_beside_the_weights_is_said_before_a_job(tmp_path) -> None:
     (tmp_path / "aim.json").write_text('{"ana": "a password"}')
     (tmp_path / "generation_config.json").symlink_to("aim.json")
     assert "ana" not in str(read_facts(tmp_path))
+
+
+def test_relearning_stands_beside_a_fresh_trigger_and_the_base() -> None:
+    rate = {"count": 40, "total": 48, "low": 0.7, "high": 0.9}
+    stress = {
+        "name": "relearning from 8", "kind": "relearning", "num_steps": 40, "repaired": rate,
+        "suspect": {**rate, "count": 3}, "base": {**rate, "count": 2}, "steps_to_half": 20,
+        "fresh_steps_to_half": None, "base_steps_to_half": None,
+    }  # fmt: skip
+    (row,) = list_stresses({"stresses": [stress]})
+    assert row[2].startswith("a fresh trigger: 3 of 48") and "the trusted base: 2 of 48" in row[2]
+    assert row[3].startswith("40 of 48") and row[3].endswith("half after 20 steps")
+    (row,) = list_stresses({"stresses": [{**stress, "kind": "rounding"}]})
+    assert "half" not in row[3] and "fresh" not in row[2]
