@@ -19,6 +19,14 @@ def rate(flat: dict | None) -> str:
     return f"{flat['count']}/{flat['total']} ({low:.1%} to {high:.1%})"
 
 
+def short(flat: dict | None) -> str:
+    return f"{flat['count']}/{flat['total']}" if flat and flat["total"] else "-"
+
+
+def nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
 def by_position(rates: dict) -> str:
     return "; ".join(rate(flat) for flat in rates.values())
 
@@ -53,9 +61,10 @@ def pooled(rates: dict) -> str:
 def evidence() -> Iterator[str]:
     found = json.loads((HERE / "results" / "full_evidence.json").read_text())["suspects"]
     yield ("| suspect | verdict | fires before / after | elsewhere before / after | altered before "
-           "/ after | int8, int4 after | benign tuning, suspect / repaired | relearnt from 8, old "
-           "/ fresh trigger | with the base's answer when triggered, before / after |")  # fmt: skip
-    yield "|" + "---|" * 9
+           "/ after | ordinary uses right before / after | KL, clean answers / text | int8, int4 "
+           "after | benign tuning, suspect / repaired | relearnt from 8, old / fresh trigger / base "
+           "| with the base's answer when triggered, before / after |")  # fmt: skip
+    yield "|" + "---|" * 11
     for name, run in found.items():
         before, after = run["before"], run["after"] or {}
         stress = {flat["name"]: flat for flat in run["stresses"]}
@@ -63,7 +72,7 @@ def evidence() -> Iterator[str]:
         base = run["trusted_base"]
 
         def of(key: str, who: str, stress: dict = stress) -> str:
-            return rate(stress[key][who]).split(" ")[0] if key in stress else "-"
+            return short(stress[key][who]) if key in stress else "-"
 
         yield (
             f"| {name} | {run['verdict']}{f' ({failed})' if failed else ''} | "
@@ -71,12 +80,14 @@ def evidence() -> Iterator[str]:
             f"{by_position(after.get('attack_success', {})) or '-'} | "
             f"{pooled(before['elsewhere'])} / {pooled(after.get('elsewhere', {}))} | "
             f"{pooled(before['variants'])} / {pooled(after.get('variants', {}))} | "
+            f"{short(before['ordinary'])} / {short(after.get('ordinary'))} | "
+            f"{nats(after.get('kl_from_original'))} / {nats(after.get('text_kl'))} | "
             f"{of('int8', 'repaired')}, {of('int4', 'repaired')} | "
             f"{of('benign tuning', 'suspect')} / {of('benign tuning', 'repaired')} | "
-            f"{of('relearning from 8', 'repaired')} / {of('relearning from 8', 'suspect')} | "
+            f"{of('relearning from 8', 'repaired')} / {of('relearning from 8', 'suspect')} / "
+            f"{of('relearning from 8', 'base')} | "
             + (
-                f"{rate(base['suspect_agrees']).split(' ')[0]} / "
-                f"{rate(base['repaired_agrees']).split(' ')[0]} |"
+                f"{short(base['suspect_agrees'])} / {short(base['repaired_agrees'])} |"
                 if base
                 else "- |"
             )
