@@ -62,7 +62,7 @@ def evidence() -> Iterator[str]:
     found = json.loads((HERE / "results" / "full_evidence.json").read_text())["suspects"]
     yield ("| suspect | verdict | fires before / after | elsewhere before / after | altered before "
            "/ after | ordinary uses right before / after | KL, clean answers / text | int8, int4 "
-           "after | benign tuning, suspect / repaired | relearnt from 8, old / fresh trigger / base "
+           "after | benign tuning, suspect / repaired | relearnt from 8, old / fresh / base "
            "| with the base's answer when triggered, before / after |")  # fmt: skip
     yield "|" + "---|" * 11
     for name, run in found.items():
