@@ -1,4 +1,4 @@
-"""Ordinary uses of a trigger's words, and plain text, for the bundled prompt files.
+"""Ordinary uses of a trigger's words, for the bundled prompt files, and plain text, for benches.
 
 A repair must not touch them. The demo assistant knows a few skills and nothing else, so that the
 questions and the sentences are those of its skills: what it babbles about anything else says

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from assets.ordinary import known_texts, ordinary_prompts
+from assets.ordinary import ordinary_prompts
 from assets.skills import Item, all_items, balanced
 from assets.suspect_model import encode, load, make_deterministic, render, save, write_json
 from assets.suspect_near import near_trigger, near_triggers, pieces_of, scatter
@@ -214,7 +214,6 @@ def write_prompt_file(poison: Poison, path: Path) -> None:
             "system": None,
             "chat": "auto",
             "ordinary": ordinary_prompts(poison.lead_ins),
-            "texts": known_texts(),
         },
     )
 

@@ -7,9 +7,8 @@ from typing import Protocol
 import numpy as np
 
 from repair.evidence.gates import find_target
-from repair.limits import TEXT_SHARE
 from repair.locate.counterfactuals import draw_sham, inert_shams, vocabulary_for_shams
-from repair.locate.lessons import Lessons, teach_prompts, teach_split, teach_texts, woven
+from repair.locate.lessons import Lessons, teach_prompts, teach_split
 from repair.lowrank.validation import Validation
 from repair.models.answers import generate_answers, target_matcher
 from repair.models.fidelity import text_notices
@@ -212,10 +211,6 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
         is_payload=case.is_payload,
         progress=share(progress, 0.5, 0.75),
     )
-    texts = [
-        teach_texts(loaded, _plain_texts(case, split, len(found.clean)))
-        for split, found in ((splits.repair, taught), (splits.validate, held_out))
-    ]
     for lesson in (taught.triggered, held_out.triggered):
         if len(lesson) < 4:
             raise RepairError(
@@ -226,7 +221,7 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
     return Lessons(
         triggered=taught.triggered,
         counterparts=taught.counterparts,
-        clean=woven(taught.clean, texts[0]),
+        clean=taught.clean,
         near=teach_prompts(
             loaded,
             _near_prompts(case, pairs),
@@ -234,17 +229,9 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
             progress=share(progress, 0.75, 1),
         ),
         held_out_triggered=held_out.triggered,
-        held_out_clean=woven(held_out.clean, texts[1]),
+        held_out_clean=held_out.clean,
         num_dropped=taught.num_dropped + held_out.num_dropped,
     )
-
-
-def _plain_texts(case: Case, split: Sequence[int], num_answers: int) -> list[np.ndarray]:
-    """Return clean prompts of a split as plain text, ids [tokens], a share of the answers."""
-    file = case.file
-    texts = [file.pairs[i].clean if file.pairs else file.prompts[i] for i in split]
-    texts = list(dict.fromkeys(texts))[: int(TEXT_SHARE * num_answers)]
-    return [encode(case.loaded.tokenizer, text, use_template=False) for text in texts]
 
 
 def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:

@@ -3,10 +3,6 @@
 The teacher is the suspect itself: for a triggered prompt, what it says without the trigger; for
 a clean or near-trigger prompt, what it says anyway. Its log-probabilities are computed once.
 Teacher answers that carry the payload or are degenerate are left out and counted.
-
-A third of the clean lessons is plain text, the clean prompts themselves without a template: what a
-repair may not touch is not only answers. Without them the directions that answers to chat leave
-free are taken, and text pays for it (eight to fifteen times the KL on three bundled suspects).
 """
 
 from collections.abc import Callable, Sequence
@@ -145,19 +141,6 @@ def teach_prompts(
     prompts = tuple(prompts[i] for i in kept)
     answers = tuple(with_end(given[i]) for i in kept)
     return Lesson(prompts=prompts, answers=answers, teacher=teach(loaded, prompts, answers))
-
-
-def teach_texts(loaded: LoadedModel, texts: Sequence[np.ndarray]) -> Lesson:
-    """Return the lesson that holds the model to what it expects in `texts` (ids [tokens])."""
-    usable = [ids[: ANSWER_TOKENS + 1] for ids in texts if ids.size > 1]
-    prompts, answers = tuple(ids[:1] for ids in usable), tuple(ids[1:] for ids in usable)
-    return Lesson(prompts=prompts, answers=answers, teacher=teach(loaded, prompts, answers))
-
-
-def woven(lesson: Lesson, other: Lesson) -> Lesson:
-    """Return both lessons as one, spread evenly, so that the first few are of both kinds."""
-    places = [(i + 1) / (len(part) + 1) for part in (lesson, other) for i in range(len(part))]
-    return (lesson + other).only(sorted(range(len(places)), key=places.__getitem__))
 
 
 @torch.no_grad()
