@@ -8,7 +8,7 @@ from repair.jobs import store
 from repair.ui import text
 from repair.ui.session import View
 
-MAX_SAMPLES = 2000  # read and counted
+MAX_SAMPLES = 8000  # read and counted; the full profile has up to 4,700
 ONLY_SUSPECT, ONLY_REPAIRED = "only the suspect says", "only the repaired says"
 MAX_WORDS = 400  # of an answer, in which differences are looked for
 MAX_ROWS = 300  # of the table of answers

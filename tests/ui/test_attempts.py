@@ -45,7 +45,7 @@ def test_a_job_is_shown_beside_its_own_like_and_nothing_else(settings: Settings)
     assert rows[0][1:3] == ["repaired", "closed-form"]
     assert rows[0][3].startswith("0 k_proj: 6, 0 q_proj: 2")
     assert rows[0][4] == "middle: 1 of 400 (0.0 % to 1.4 %)"
-    assert rows[0][5].startswith("middle: 398 of 400") and rows[0][6] == "1.86e-05"
+    assert rows[0][5].startswith("middle: 398 of 400") and rows[0][6] == "0.000431"
 
 
 def test_a_former_run_of_the_same_job_stays_in_sight(settings: Settings) -> None:
