@@ -42,6 +42,8 @@ def test_the_bundled_example_is_what_the_program_says_today(fresh_run: Path) -> 
                 # Another machine rounds otherwise: a prompt on the edge may fall.
                 assert abs(rate["count"] - fresh[when][group][name]["count"]) <= 3
     assert 0.2 < kept["kl_from_original"] / fresh["kl_from_original"] < 5
+    plan = fresh["plan"]
+    assert 0.2 < plan["predicted_kl"] / plan["validation_benign_kl"] < 5
     assert [s["name"] for s in kept["stresses"]] == [s["name"] for s in fresh["stresses"]]
     for old, new in zip(kept["stresses"], fresh["stresses"], strict=True):
         # Training goes its own way from the last bit on; what is held must be held.
