@@ -282,8 +282,10 @@ def show_selection(paths: Sequence[str]) -> dict[str, Any]:
 
 def update(value: dict[str, Any], selected: Sequence[str], *, visible: bool) -> dict[str, Any]:
     """Return an update of the whole component."""
-    # One string: Gradio watches and compares every entry of a nested value at every event.
-    return {**show_selection(selected), "value": json.dumps(value), "visible": visible}
+    # One string: Gradio watches and compares every entry of a nested value at every event. It now
+    # and then loses `selected` where the map's tab was never opened, so that the value has it too.
+    whole = json.dumps({**value, "selected": list(selected)})
+    return {**show_selection(selected), "value": whole, "visible": visible}
 
 
 def read_selection(event: gr.EventData, scores: Sequence[ModuleScore]) -> tuple[str, ...]:

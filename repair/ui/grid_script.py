@@ -64,6 +64,7 @@ const maps = element.querySelector('.maps');
 const details = element.querySelector('.details');
 let byPath = {};
 let last = null;
+let chosenAtFirst = [];
 
 function make(tag, attributes, text) {
   const made = document.createElement(tag);
@@ -143,6 +144,7 @@ function draw() {
   const hadFocus = maps.contains(document.activeElement);
   const value = JSON.parse(props.value);
   byPath = {};
+  chosenAtFirst = value.selected || [];
   maps.replaceChildren(...value.panels.map(makePanel));
   details.textContent = value.details;
   maps.querySelectorAll('table').forEach((table) => {
@@ -154,7 +156,8 @@ function draw() {
   if (cell) { hadFocus ? enter(cell) : park(cell); }
 }
 function show() {
-  const chosen = new Set((props.selected || {}).paths || []);
+  const sent = props.selected && props.selected.sent ? props.selected.paths : chosenAtFirst;
+  const chosen = new Set(sent);
   Object.entries(byPath).forEach(([path, cells]) => mark(cells, chosen.has(path)));
   markStrips();
 }
