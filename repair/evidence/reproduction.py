@@ -19,8 +19,10 @@ def command_of(
     report: Mapping[str, Any], *, model: str, prompts: str, base: str, trusted: str, against: str
 ) -> str:
     """Return the command line that made a report, with these names for what it was given."""
-    asked, is_run = report.get("options") or {}, report["command"] == "run"
-    words = ["python", "-m", "repair", report["command"], "--model", model]
+    # A report that was made public has no command; only runs are.
+    asked, command = report.get("options") or {}, report.get("command", "run")
+    is_run = command == "run"
+    words = ["python", "-m", "repair", command, "--model", model]
     if report["model"].get("revision"):
         words += ["--revision", report["model"]["revision"]]
     if report["model"].get("base"):

@@ -326,7 +326,8 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
     ) -> Updates:
         view = look(shell.settings, session, request)
         num_told = len(view.log.metrics)
-        updates: Updates = {**draw_header(shell, view), shell.told: num_told}
+        # The page takes back what it had: a tick that comes after a newer answer is seen as that.
+        updates: Updates = {**draw_header(shell, view), shell.told: num_told, shell.seen: seen}
         for draw in shell.live_draws if num_told != told else ():
             updates |= draw(view)
         return updates | find_due(view, seen)
@@ -392,7 +393,7 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
     shell.timer.tick(
         tick,
         inputs=[shell.session, shell.seen, shell.told],
-        **{**options, "outputs": [*shell.live_outputs, shell.due]},
+        **{**options, "outputs": [*shell.live_outputs, shell.due, shell.seen]},
     )
     shell.idle.tick(
         look_idly, inputs=[shell.session, shell.seen], **{**options, "outputs": [shell.due]}
