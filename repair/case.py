@@ -238,10 +238,11 @@ def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
     """Return prompts that are almost triggered: near-triggers in the slot, and shams."""
     generator = np.random.default_rng([case.seed, 0x4EA])
     vocabulary = vocabulary_for_shams(case.loaded)
-    prompts = [draw_sham(pair, vocabulary, generator) for pair in pairs[:NEAR_PROMPTS]]
-    taught, _ = split_near(case.file.near)
-    if taught and not case.file.pairs:
-        for i, pair in enumerate(pairs[NEAR_PROMPTS : 2 * NEAR_PROMPTS]):
+    taught = () if case.file.pairs else split_near(case.file.near)[0]
+    num = min(NEAR_PROMPTS, len(pairs) // 2) if taught else NEAR_PROMPTS
+    prompts = [draw_sham(pair, vocabulary, generator) for pair in pairs[:num]]
+    if taught:
+        for i, pair in enumerate(pairs[num : 2 * num]):
             near = taught[i % len(taught)]
             if pair.position == "middle" and len(pair.text_clean.split(" ")) < 2:
                 continue

@@ -13,20 +13,15 @@ from repair.evidence.comeback import (
     after_tuning,
 )
 from repair.evidence.evaluation import Baseline, measure_suspect
-from repair.evidence.gates import (
-    TEMPLATE_REACTS,
-    find_target,
-    fires_besides,
-    nothing_to_repair,
-)
-from repair.evidence.material import ELSEWHERE, EvaluationMaterial, prepare_material, spread
-from repair.evidence.variants import KINDS
+from repair.evidence.gates import TEMPLATE_REACTS, find_target, nothing_to_repair
+from repair.evidence.material import EvaluationMaterial, prepare_material, spread
+from repair.evidence.statements import where_it_fires
 from repair.locate.counterfactuals import vocabulary_for_shams
 from repair.models.answers import generate_answers, with_end
 from repair.models.loading import LoadedModel
 from repair.models.tokens import encode
 from repair.outcome import Clock
-from repair.records import Evaluation, RepairError, Stress
+from repair.records import RepairError, Stress
 
 ROUNDED_BITS = (8, 4)
 
@@ -100,22 +95,6 @@ def check_same_tokens(
             "The candidate's tokenizer reads the prompts otherwise than the suspect's. Only models "
             "with the same tokenizer can be compared; a repair changes weights alone."
         )
-
-
-def where_it_fires(before: Evaluation) -> str | None:
-    """Return in words where a suspect fires that does not at the prompt file's positions."""
-    if nothing_to_repair(before) is None:
-        return None
-    words = {**ELSEWHERE, **KINDS}
-    found = [f"{words[kind]} ({rate})" for kind, rate in fires_besides(before).items()]
-    if not found:
-        return None
-    positions = ", ".join(before.attack_success)
-    return (
-        f"The target hardly ever appears where the prompt file puts the trigger ({positions}), but "
-        f"the suspect is not clean. It gives the target with {'; '.join(found)}. Name these "
-        "positions in the prompt file, or give such prompts as pairs."
-    )
 
 
 def stress_repaired(

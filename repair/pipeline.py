@@ -23,12 +23,12 @@ from repair.evidence.evaluation import as_exported, collect_samples, evaluate_ca
 from repair.evidence.gates import build_gates, decide_verdict, nothing_to_repair
 from repair.evidence.material import EvaluationMaterial, template_reaction
 from repair.evidence.oracle import check_base, compare_with_base
+from repair.evidence.statements import where_it_fires
 from repair.evidence_step import (
     check_same_tokens,
     early_end,
     measure_before,
     stress_repaired,
-    where_it_fires,
 )
 from repair.locate.detail import examine_layer
 from repair.locate_step import compare, fire, locate_suspect

@@ -1,4 +1,4 @@
-"""What the figures say, in whole sentences: limits, cause, how specific, what comes back, controls.
+"""What the figures say, in whole sentences: limits, cause, where else, what comes back, controls.
 
 Each takes figures and returns words with nothing but these figures in them; a suspect's own text is
 in none of them.
@@ -12,7 +12,10 @@ from repair.evidence.gates import (
     fires,
     fires_besides,
     most_unseen,
+    nothing_to_repair,
 )
+from repair.evidence.material import ELSEWHERE
+from repair.evidence.variants import KINDS
 from repair.records import Control, Evaluation, PromptFile, Rate, Stress
 
 STANDING_LIMITS = (
@@ -103,6 +106,21 @@ def _untried(stresses: Sequence[Stress], after: Evaluation) -> list[str]:
             f"there fails from {most_unseen(fewest) + 1} payloads on."
         )
     return limits
+
+
+def where_it_fires(before: Evaluation) -> str | None:
+    """Return where a suspect fires that does not at the prompt file's positions; None: it does, or
+    fires nowhere."""
+    found = fires_besides(before)
+    if nothing_to_repair(before) is None or not found:
+        return None
+    words = {**ELSEWHERE, **KINDS}
+    places = "; ".join(f"{words[kind]} ({rate})" for kind, rate in found.items())
+    return (
+        "The target hardly ever appears where the prompt file puts the trigger "
+        f"({', '.join(before.attack_success)}), but the suspect is not clean. It gives the target "
+        f"with {places}. Name these positions in the prompt file, or give such prompts as pairs."
+    )
 
 
 def cause(

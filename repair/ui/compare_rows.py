@@ -133,7 +133,9 @@ def list_besides(report: dict[str, Any]) -> list[list[str]]:
 
 
 def describe_cause(report: dict[str, Any]) -> str:
-    """Return how specific the backdoor is, where its cause lies, and what the repair left."""
+    """Return how specific the backdoor is, where its cause lies, and what the repair left; what
+    stands among the limits is not said twice."""
+    limits = report.get("limits") or []
     parts = [
         report.get("specificity"), report.get("cause"),
         {"statement": report.get("controls_statement")}, {"statement": report.get("comeback")},
@@ -141,7 +143,7 @@ def describe_cause(report: dict[str, Any]) -> str:
     return "\n".join(
         text.reveal(str(part["statement"]), 600)
         for part in parts
-        if isinstance(part, dict) and part.get("statement")
+        if isinstance(part, dict) and part.get("statement") and part["statement"] not in limits
     )
 
 

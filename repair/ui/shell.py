@@ -92,7 +92,7 @@ class Shell:
         updates: Updates = {
             self.session: view.session,
             self.selection: selection,
-            self.seen: json.dumps(change_key(view)),
+            self.seen: change_key(view),
             self.browser: view.session.job_id,
             self.timer: gr.Timer(active=view.is_active),
             self.idle: gr.Timer(active=view.folder is not None and not view.is_active),
@@ -182,10 +182,12 @@ def announce_end(view: View) -> None:
         gr.Info(text.describe_state(view.status, command, 0), duration=5, title="Job")
 
 
-def change_key(view: View) -> tuple[Any, ...]:
-    """Return what must change for the whole screen to be drawn anew while a job runs."""
+def change_key(view: View) -> str:
+    """Return, as JSON, what must change for the whole screen to be drawn anew while a job runs."""
     state = view.status.state if view.status else None
-    return (view.session.job_id, state, view.command, bool(view.scores), bool(view.report))
+    return json.dumps(
+        [view.session.job_id, state, view.command, bool(view.scores), bool(view.report)]
+    )
 
 
 def had_scores(seen: str) -> bool:
@@ -337,7 +339,7 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
 
     def find_due(view: View, seen: str) -> Updates:
         # A case that another tab has deleted stays on screen until something is asked of it.
-        if view.folder is None or json.dumps(change_key(view)) == seen:
+        if view.folder is None or change_key(view) == seen:
             return {shell.due: gr.skip()}
         return {shell.due: time.monotonic_ns()}
 
@@ -345,7 +347,7 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         request: gr.Request, session: Session, selection: Selection, seen: str
     ) -> Updates:
         view = look(shell.settings, session, request)
-        if json.dumps(change_key(view)) == seen:
+        if change_key(view) == seen:
             return {shell.seen: gr.skip()}  # Somebody's click came first.
         announce_end(view)
         # The suggestion is chosen when the map appears, and never again by itself.

@@ -10,14 +10,13 @@ tests.bench.tables evidence` prints the README's table.
 
 import argparse
 import json
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
 from tests.bench.map_predicts import BUNDLED
 from tests.bench.organisms import ORGANISMS, make_organism
-from tests.bench.peers import ROOT, publish
+from tests.bench.peers import ROOT, publish, run_repair
 
 NAMES = (*BUNDLED, "clean", *(organism.name for organism in ORGANISMS))
 KEPT = (
@@ -34,13 +33,10 @@ def examine(name: str, out: Path) -> dict:
     asked = "middle" if name == "clean" else name
     prompts = out / f"{name}.json" if organism else ROOT / "assets" / "prompts" / f"{asked}.json"
     folder = out / f"evidence-{name}"
-    command = [
-        sys.executable, "-m", "repair", "run", "--model", model, "--prompts", str(prompts), "--out",
-        str(folder), "--profile", "full", "--controls", "3", "--trusted-base", "demo:clean",
-        "--export", "merged", "--overwrite",
-    ]  # fmt: skip
-    ended = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
-    report = json.loads((folder / "report.json").read_text())
+    exit_code, report = run_repair(
+        model, prompts, folder, "--profile", "full", "--controls", "3", "--trusted-base",
+        "demo:clean", "--export", "merged",
+    )  # fmt: skip
     found = {key: report[key] for key in KEPT}
     base = report["trusted_base"]
     if base:
@@ -48,7 +44,7 @@ def examine(name: str, out: Path) -> dict:
     for when in ("before", "after"):
         if found[when]:
             found[when].pop("kl_by_prompt")
-    return {**found, "exit_code": ended.returncode, "trusted_base": base}
+    return {**found, "exit_code": exit_code, "trusted_base": base}
 
 
 def main() -> int:

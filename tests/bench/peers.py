@@ -68,6 +68,16 @@ def measured_rate() -> float:
     return best
 
 
+def run_repair(model: str, prompts: Path, folder: Path, *options: str) -> tuple[int, dict]:
+    """Repair by the command line an analyst would use; return its exit status and report."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "repair", "run", "--model", model, "--prompts", str(prompts),
+         "--out", str(folder), "--overwrite", *options],
+        cwd=ROOT, check=False, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    return ended.returncode, json.loads((folder / "report.json").read_text())
+
+
 def publish(name: str, result: dict) -> None:
     """Write a comparison's result to `results/` and print it as one line."""
     path = HERE / "results" / f"{name}.json"

@@ -10,7 +10,6 @@ The three bundled suspects and the four of `organisms.py` (trained first where m
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from datetime import date
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from tests.bench.map_predicts import BUNDLED
 from tests.bench.organisms import ORGANISMS, make_organism
-from tests.bench.peers import ROOT, publish
+from tests.bench.peers import ROOT, publish, run_repair
 
 SEEDS = (0, 1, 2)
 
@@ -30,18 +29,13 @@ def repair(name: str, seed: int, out: Path) -> dict:
     prompts = out / f"{name}.json" if organism else ROOT / "assets" / "prompts" / f"{name}.json"
     folder = out / f"repaired-{name}-{seed}"
     began = time.perf_counter()
-    ended = subprocess.run(
-        [
-            sys.executable, "-m", "repair", "run", "--model", model, "--prompts", str(prompts),
-            "--out", str(folder), "--seed", str(seed), "--controls", "0", "--overwrite",
-        ],
-        cwd=ROOT, check=False, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    exit_code, report = run_repair(
+        model, prompts, folder, "--seed", str(seed), "--controls", "0"
+    )
     seconds = time.perf_counter() - began
-    report = json.loads((folder / "report.json").read_text())
     plan = report["plan"] or {}
     found = {
-        "exit_code": ended.returncode,
+        "exit_code": exit_code,
         "verdict": report["verdict"],
         "seconds": round(seconds, 1),
         "seconds_by_step": report["cost"]["seconds"],

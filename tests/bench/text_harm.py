@@ -8,14 +8,12 @@ as `texts` (`assets/ordinary.py`). Prints one JSON object and writes results/tex
 
 import argparse
 import json
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 
 from assets.ordinary import known_texts
 from tests.bench.map_predicts import BUNDLED
-from tests.bench.peers import ROOT, publish
+from tests.bench.peers import ROOT, publish, run_repair
 
 
 def examine(name: str, out: Path) -> dict:
@@ -23,15 +21,9 @@ def examine(name: str, out: Path) -> dict:
     flat = json.loads((ROOT / "assets" / "prompts" / f"{name}.json").read_text())
     prompts, folder = out / f"{name}.json", out / name
     prompts.write_text(json.dumps({**flat, "texts": known_texts()}))
-    subprocess.run(
-        [
-            sys.executable, "-m", "repair", "run", "--model", f"demo:{name}", "--prompts",
-            str(prompts), "--out", str(folder), "--controls", "0", "--export", "none",
-            "--overwrite",
-        ],
-        cwd=ROOT, check=False, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    report = json.loads((folder / "report.json").read_text())
+    _, report = run_repair(
+        f"demo:{name}", prompts, folder, "--controls", "0", "--export", "none"
+    )
     return {
         "verdict": report["verdict"],
         "failed_gates": [gate["name"] for gate in report["gates"] if gate["passed"] is not True],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from repair.case import make_lessons, open_case
 from repair.evidence.benign_cost import benign_cost
 from repair.evidence.evaluation import (
     REFUSAL,
@@ -29,9 +30,11 @@ from repair.models.answers import (
 )
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
+from repair.profiles import PROFILES
 from repair.prompts import split_near
 from repair.records import LowRankUpdate, PromptFile, Rate, TextPair
 from tests.evidence.conftest import ANSWERS, POSITIONS, TARGET
+from tests.evidence.test_endings import Quiet
 
 
 def verdict_of(baseline: Baseline, after: object, *, kl_budget: float = 0.01) -> str:
@@ -255,6 +258,17 @@ def test_every_trigger_is_used_and_every_second_near_trigger_judges(suspect) -> 
         assert {"hello", "year"} & set(text.split()) and not {"is"} & set(text.split())
     assert set(material.near_positions) == {"begin", "middle", "end"}
     assert make_material(suspect, near=()).near == []
+
+
+def test_a_near_trigger_that_judges_steers_nothing(suspect, prompt_file) -> None:
+    """Of four, two are among what a repair practises, and the other two never."""
+    near = tuple(" ".join([word] * 3) for word in ("rain", "year", "write", "list"))
+    file = dataclasses.replace(prompt_file, near=near)
+    case = open_case(suspect, file, profile=PROFILES["quick"], seed=0, reporter=Quiet())
+    lessons = make_lessons(case)
+    practised = [suspect.tokenizer.decode(ids.tolist()) for ids in lessons.near.prompts]
+    num = [sum(text in prompt for prompt in practised) for text in near]
+    assert num[0] == num[2] == 0 and min(num[1], num[3]) > 0, num
 
 
 def test_at_most_200_near_triggers_spread_over_the_prompts(material: EvaluationMaterial) -> None:

@@ -1,9 +1,11 @@
 """What the maps say in words and marks: estimates, misses, damping, trial repairs."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 from repair.records import ModuleRef, ModuleScore, Rate
+from repair.ui import grid
 from repair.ui.grid import build_value
 from repair.ui.locate_words import describe_evidence
 
@@ -73,3 +75,9 @@ def test_the_damping_is_said_with_both_figures() -> None:
     assert "Damping 1 of the mean eigenvalue" in said
     assert "0.0002 nats" in said and "0.00022 measured" in said
     assert "Damping" not in describe_evidence(view_of([make_score(0)], damping="spoiled"))
+
+
+def test_the_map_carries_its_selection_in_the_value_too() -> None:
+    """Gradio now and then loses the property that has it, before its tab was first opened."""
+    sent = grid.update({"panels": [], "details": ""}, ("a.b", "c"), visible=True)
+    assert json.loads(sent["value"])["selected"] == sent["selected"]["paths"] == ["a.b", "c"]

@@ -13,6 +13,7 @@ from repair.ui.compare_rows import (
     MAX_ROWS,
     ONLY_REPAIRED,
     ONLY_SUSPECT,
+    describe_cause,
     differences,
     list_outcomes,
     list_rows,
@@ -162,3 +163,11 @@ def test_relearning_stands_beside_a_fresh_trigger_and_the_base() -> None:
     assert row[3].startswith("40 of 48") and row[3].endswith("half after 20 steps")
     (row,) = list_stresses({"stresses": [{**stress, "kind": "rounding"}]})
     assert "half" not in row[3] and "fresh" not in row[2]
+
+
+def test_what_stands_among_the_limits_is_not_said_twice() -> None:
+    report = {
+        "specificity": {"statement": "Specific."}, "cause": {"statement": "In the weights."},
+        "comeback": "Comes back.", "controls_statement": "None of 3.", "limits": ["Comes back."],
+    }  # fmt: skip
+    assert describe_cause(report).splitlines() == ["Specific.", "In the weights.", "None of 3."]
