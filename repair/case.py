@@ -7,15 +7,22 @@ from typing import Protocol
 import numpy as np
 
 from repair.evidence.gates import find_target
+from repair.limits import TEXT_SHARE
 from repair.locate.counterfactuals import draw_sham, inert_shams, vocabulary_for_shams
-from repair.locate.lessons import Lessons, teach_prompts, teach_split
+from repair.locate.lessons import Lessons, teach_prompts, teach_split, teach_texts
 from repair.lowrank.validation import Validation
 from repair.models.answers import generate_answers, target_matcher
 from repair.models.fidelity import text_notices
 from repair.models.loading import LoadedModel, check_ids
-from repair.models.tokens import check_length, encode, encode_pairs
+from repair.models.tokens import check_length, encode, encode_pair, encode_pairs
 from repair.profiles import Profile
-from repair.prompts import insert_trigger, split_near, split_prompts, top_up_with_carriers
+from repair.prompts import (
+    insert_trigger,
+    split_near,
+    split_prompts,
+    spread_evenly,
+    top_up_with_carriers,
+)
 from repair.records import (
     EXIT_COULD_NOT_CHECK,
     Progress,
@@ -23,6 +30,7 @@ from repair.records import (
     PromptPair,
     PromptSplits,
     RepairError,
+    TextPair,
     share,
     unheard,
 )
@@ -31,6 +39,8 @@ UNKNOWN_TARGET_TOKENS = 48
 MOST_NEW_TOKENS = 256
 FEWEST_NEW_TOKENS = 64  # the payload may come behind an ordinary opening
 NEAR_PROMPTS = 48
+TWICE_EVERY = 2
+TWO_PLACES = (("end", "begin"), ("middle", "begin"), ("middle", "end"))  # the middle goes in first
 
 
 class Reporter(Protocol):
@@ -75,6 +85,37 @@ class Case:
             for turn, index in enumerate(indices)
             for pair in self.pairs([index], self.positions[turn % len(self.positions)])
         ]
+
+    def taught_pairs(self, indices: Sequence[int]) -> list[PromptPair]:
+        """Return `dealt_pairs`, and for every second prompt one more with the trigger twice.
+
+        What holds on to answers and text reaches a single trigger by a margin so narrow that two
+        of them still fire.
+        """
+        doubled = [
+            pair
+            for turn, index in enumerate(() if self.file.pairs else indices[::TWICE_EVERY])
+            for pair in self._doubled(index, TWO_PLACES[turn % len(TWO_PLACES)])
+        ]
+        return spread_evenly(self.dealt_pairs(indices), doubled)
+
+    def _doubled(self, index: int, places: tuple[str, str]) -> list[PromptPair]:
+        """Return a prompt's pair with the trigger at both places, where it has them and it fits."""
+        clean = self.file.prompts[index]
+        trigger = self.file.triggers[index % len(self.file.triggers)]
+        if "middle" in places and len(clean.split(" ")) < 2:
+            return []
+        triggered = insert_trigger(insert_trigger(clean, trigger, places[0]), trigger, places[1])
+        pair = encode_pair(
+            self.loaded.tokenizer,
+            TextPair(clean=clean, triggered=triggered),
+            triggers=self.file.triggers,
+            position="given",
+            system=self.file.system,
+            use_template=self.use_template,
+        )
+        limit = self.loaded.model.config.max_position_embeddings
+        return [pair] if pair.triggered.size + self.num_new_tokens <= limit else []
 
 
 def open_case(
@@ -203,14 +244,21 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
     loaded, splits = case.loaded, case.splits
     pairs = case.dealt_pairs(splits.repair)
     taught = teach_split(
-        loaded, pairs, is_payload=case.is_payload, progress=share(progress, 0, 0.5)
+        loaded,
+        case.taught_pairs(splits.repair),
+        is_payload=case.is_payload,
+        progress=share(progress, 0, 0.5),
     )
     held_out = teach_split(
         loaded,
-        case.dealt_pairs(splits.validate),
+        case.taught_pairs(splits.validate),
         is_payload=case.is_payload,
         progress=share(progress, 0.5, 0.75),
     )
+    texts = [
+        teach_texts(loaded, _plain_texts(case, split, len(found.clean)))
+        for split, found in ((splits.repair, taught), (splits.validate, held_out))
+    ]
     for lesson in (taught.triggered, held_out.triggered):
         if len(lesson) < 4:
             raise RepairError(
@@ -221,7 +269,7 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
     return Lessons(
         triggered=taught.triggered,
         counterparts=taught.counterparts,
-        clean=taught.clean,
+        clean=taught.clean.woven(texts[0]),
         near=teach_prompts(
             loaded,
             _near_prompts(case, pairs),
@@ -229,9 +277,17 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
             progress=share(progress, 0.75, 1),
         ),
         held_out_triggered=held_out.triggered,
-        held_out_clean=held_out.clean,
+        held_out_clean=held_out.clean.woven(texts[1]),
         num_dropped=taught.num_dropped + held_out.num_dropped,
     )
+
+
+def _plain_texts(case: Case, split: Sequence[int], num_answers: int) -> list[np.ndarray]:
+    """Return clean prompts of a split as plain text, ids [tokens], a share of the answers."""
+    file = case.file
+    texts = [file.pairs[i].clean if file.pairs else file.prompts[i] for i in split]
+    texts = list(dict.fromkeys(texts))[: int(TEXT_SHARE * num_answers)]
+    return [encode(case.loaded.tokenizer, text, use_template=False) for text in texts]
 
 
 def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
@@ -260,7 +316,7 @@ def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
 
 def make_validation(case: Case) -> Validation:
     """Return the validate split's pairs with the suspect's answers, for choices during repair."""
-    pairs = case.dealt_pairs(case.splits.validate)
+    pairs = case.taught_pairs(case.splits.validate)
     answers = generate_answers(
         case.loaded, [pair.clean for pair in pairs], num_new_tokens=case.num_new_tokens
     )

@@ -10,4 +10,5 @@ PREFIX_KEPT = 2 << 30  # on a CPU; on a GPU a third of what is free
 FACTORS_KEPT = 2 << 30  # full factors of the shortlist
 FACTOR_BYTES = 4 + 8 + 2 * 8  # of one module's factors and their four float64 roots
 FISHER_TOKENS = 512  # of one pass on a CPU: what a pass keeps then fits memory that is reused
+TEXT_SHARE = 0.5  # plain texts that a repair may not touch either, to one clean answer
 TRAINING_TOKENS = 2_048  # of one pass: shorter passes pad less

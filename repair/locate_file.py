@@ -27,7 +27,7 @@ class Map:
 
     ranking: ModuleRanking
     fires: dict[str, Rate]
-    num_curvature: dict[str, int]  # prompts behind phi: triggered, clean
+    num_curvature: dict[str, int]  # behind phi: triggered prompts; clean answers and texts
     joint: dict[str, Any]  # `Redundancy.to_json`: curve, sets, windows, and what they say
     damping: Damping
     patching: dict[str, Any]  # counterfactual, direction, counts, self-checks

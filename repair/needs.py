@@ -25,6 +25,7 @@ from repair.limits import (
     PATCHING_KEPT,
     PATCHING_TOKENS,
     SCORING_ELEMENTS,
+    TEXT_SHARE,
     TRAINING_TOKENS,
 )
 from repair.profiles import PROFILES
@@ -294,9 +295,8 @@ def _working_sets(shape: Shape, work: Work, itemsize: int) -> dict[str, int]:
     answers = answering(profile.num_evaluate, num_tokens)
     all_rows = min(ANSWER_TOKENS, max(256, SCORING_ELEMENTS // shape.vocabulary))
     scoring = int(6 * 4 * all_rows * shape.vocabulary * work.num_answer_tokens / num_tokens)
-    teacher = (
-        (profile.num_repair + profile.num_validate) * LESSON_TOKENS * shape.vocabulary * 4
-    )
+    num_taught = (1 + TEXT_SHARE) * (profile.num_repair + profile.num_validate)
+    teacher = int(num_taught * LESSON_TOKENS * shape.vocabulary * 4)
     lesson_tokens = work.num_prompt_tokens + LESSON_TOKENS
     asked = answering(profile.num_repair, lesson_tokens)
     patched = min(PATCHING_TOKENS, profile.num_patched_pairs * work.num_prompt_tokens)

@@ -375,7 +375,7 @@ def draw_maps(folder: Path, found: Map, *, num_chosen: int | None = None) -> Non
         scores,
         value="curvature" if has_phi else "fisher_clean",
         path=folder / "fisher.png",
-        about=f"n = {of['triggered']} triggered prompts, {of['clean']} clean prompts",
+        about=f"n = {of['triggered']} triggered prompts, {of['clean']} clean answers and texts",
     )
     draw_effect_curve(
         [(int(point["num_modules"]), point["effect"]) for point in found.curve],

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "prompt_file_from_json",
     "split_near",
     "split_prompts",
+    "spread_evenly",
     "top_up_with_carriers",
 ]
 MIN_PROMPTS = 8
@@ -134,6 +136,16 @@ def split_prompts(
         parts.append(tuple(sorted(order[:size])))
         order = order[size:]
     return PromptSplits(locate=parts[0], repair=parts[1], validate=parts[2], evaluate=parts[3])
+
+
+def spread_evenly(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Return both as one list in which each is spread evenly over the whole."""
+    placed = [
+        ((place + 1) / (len(part) + 1), one)
+        for part in (some, others)
+        for place, one in enumerate(part)
+    ]
+    return [one for _, one in sorted(placed, key=lambda found: found[0])]
 
 
 def split_near(near: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

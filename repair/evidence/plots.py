@@ -233,7 +233,7 @@ def draw_training(points: Sequence[dict[str, float]], path: Path, *, num_prompts
     axes = figure.add_subplot()
     for name, colour, mark, label in (
         ("trigger_kl", ORANGE, "o", "the trigger's effect left"),
-        ("benign_kl", BLUE, "s", "harm to clean answers"),
+        ("benign_kl", BLUE, "s", "harm to clean answers and text"),
     ):
         found = [(i, p[name]) for i, p in enumerate(points) if p.get(name, 0) > 0]
         axes.plot(*zip(*found, strict=True) if found else ([], []), marker=mark, markersize=4,

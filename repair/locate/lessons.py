@@ -3,6 +3,11 @@
 The teacher is the suspect itself: for a triggered prompt, what it says without the trigger; for
 a clean or near-trigger prompt, what it says anyway. Its log-probabilities are computed once.
 Teacher answers that carry the payload or are degenerate are left out and counted.
+
+A third of the clean lessons is plain text, the clean prompts themselves without a template: what a
+repair may not touch is not only answers. Without them the directions that answers to chat leave
+free are taken, and text pays for it. A third of the triggered ones has the trigger twice
+(`Case.taught_pairs`).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +28,7 @@ from repair.models.answers import (
 from repair.models.hooks import apply_updates
 from repair.models.loading import LoadedModel
 from repair.models.prefix import Prefix, entered
+from repair.prompts import spread_evenly
 from repair.records import LowRankUpdate, Progress, PromptPair, unheard
 
 ANSWER_TOKENS = 16  # of each answer; a fixed payload goes on by itself once it has begun
@@ -53,6 +59,11 @@ class Lesson:
     def first(self, num: int) -> "Lesson":
         """Return the lesson's first `num` prompts."""
         return self.only(range(min(num, len(self))))
+
+    def woven(self, other: "Lesson") -> "Lesson":
+        """Return both lessons as one, so that the first few are of both kinds."""
+        places = spread_evenly(range(len(self)), range(len(self), len(self) + len(other)))
+        return (self + other).only(places)
 
     def __add__(self, other: "Lesson") -> "Lesson":
         return Lesson(
@@ -140,6 +151,13 @@ def teach_prompts(
     ]
     prompts = tuple(prompts[i] for i in kept)
     answers = tuple(with_end(given[i]) for i in kept)
+    return Lesson(prompts=prompts, answers=answers, teacher=teach(loaded, prompts, answers))
+
+
+def teach_texts(loaded: LoadedModel, texts: Sequence[np.ndarray]) -> Lesson:
+    """Return the lesson that holds the model to what it expects in `texts` (ids [tokens])."""
+    usable = [ids[: ANSWER_TOKENS + 1] for ids in texts if ids.size > 1]
+    prompts, answers = tuple(ids[:1] for ids in usable), tuple(ids[1:] for ids in usable)
     return Lesson(prompts=prompts, answers=answers, teacher=teach(loaded, prompts, answers))
 
 

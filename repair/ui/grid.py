@@ -41,9 +41,10 @@ EFFECTS = {
 STRIP_LAYERS = 24  # a map this deep scrolls: all of it is shown in small above
 CURVATURES = {
     "curvature": "Curvature (phi): how much of the trigger's effect a low-rank change here can "
-    "undo per unit of harm to clean answers. Log scale.",
+    "undo per unit of harm to clean answers and text. Log scale.",
     "residual": "Trial repair of this module alone: what is left of the trigger plus what it costs "
-    "on clean answers, in nats per token. Less is better; the ranking goes by this. Log scale.",
+    "on clean answers and text, in nats per token. Less is better; the ranking goes by this. Log "
+    "scale.",
     "ratio": "Fisher information with the trigger over without it: above 1, the module matters "
     "more when the trigger is there. Log scale.",
 }

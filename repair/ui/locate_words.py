@@ -62,8 +62,8 @@ def describe_damping(damping: Any) -> list[str]:
         row = next(row for row in damping["tried"] if row["damping"] == damping["value"])
         return [
             f"Damping {damping['value']:g} of the mean eigenvalue, where the curvature predicts "
-            f"best: {row['predicted_kl']:.2g} nats on clean answers predicted for a typical trial, "
-            f"{row['measured_kl']:.2g} measured."
+            f"best: {row['predicted_kl']:.2g} nats on clean answers and text predicted for a "
+            f"typical trial, {row['measured_kl']:.2g} measured."
         ]
     except (KeyError, TypeError, ValueError, StopIteration):
         return []

@@ -26,7 +26,7 @@ from repair.ui.suspect_folder import find_source
 CURVES = (
     ("attack_success", "Attack success on validation prompts", "share that still fires"),
     ("trigger_kl", "Trigger's effect left", "nats per token"),
-    ("benign_kl", "Harm to clean answers", "nats per token"),
+    ("benign_kl", "Harm to clean answers and text", "nats per token"),
 )
 COLUMNS = ["step", "value", "phase"]
 COLOURS = {"closed-form": "#3b6fd4", "distill": "#c2571a"}
@@ -58,7 +58,7 @@ def describe_latest(metrics: list[dict[str, Any]]) -> str:
     if "step" in last and "num_steps" in last:
         words.insert(0, f"Step {last['step']:.0f} of {last['num_steps']:.0f}")
     named = {
-        "trigger_kl": "trigger's effect left", "benign_kl": "harm to clean answers",
+        "trigger_kl": "trigger's effect left", "benign_kl": "harm to clean answers and text",
         "learning_rate": "learning rate",
     }  # fmt: skip
     words += [f"{named[key]} {text.describe_number(last[key])}" for key in named if key in last]
