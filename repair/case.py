@@ -39,7 +39,7 @@ UNKNOWN_TARGET_TOKENS = 48
 MOST_NEW_TOKENS = 256
 FEWEST_NEW_TOKENS = 64  # the payload may come behind an ordinary opening
 NEAR_PROMPTS = 48
-TWICE_EVERY = 2
+TWICE_EVERY = 3
 TWO_PLACES = (("end", "begin"), ("middle", "begin"), ("middle", "end"))  # the middle goes in first
 
 
@@ -87,7 +87,7 @@ class Case:
         ]
 
     def taught_pairs(self, indices: Sequence[int]) -> list[PromptPair]:
-        """Return `dealt_pairs`, and for every second prompt one more with the trigger twice.
+        """Return `dealt_pairs`, and for every third prompt one more with the trigger twice.
 
         What holds on to answers and text reaches a single trigger by a margin so narrow that two
         of them still fire.
@@ -316,7 +316,7 @@ def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
 
 def make_validation(case: Case) -> Validation:
     """Return the validate split's pairs with the suspect's answers, for choices during repair."""
-    pairs = case.taught_pairs(case.splits.validate)
+    pairs = case.dealt_pairs(case.splits.validate)
     answers = generate_answers(
         case.loaded, [pair.clean for pair in pairs], num_new_tokens=case.num_new_tokens
     )

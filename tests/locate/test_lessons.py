@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repair.case import Case, make_lessons, make_validation, open_case
+from repair.case import Case, make_lessons, open_case
 from repair.limits import TEXT_SHARE
 from repair.locate.lessons import Lesson, measure_kl
 from repair.models.loading import load_model
@@ -47,9 +47,9 @@ def test_a_third_of_what_may_not_change_is_plain_text(case: Case) -> None:
         assert measure_kl(loaded, lesson) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_every_second_prompt_is_also_taught_with_the_trigger_twice(case: Case) -> None:
+def test_every_third_prompt_is_also_taught_with_the_trigger_twice(case: Case) -> None:
     """In what a repair learns from, and in what it is steered by."""
-    lessons, validation = make_lessons(case), make_validation(case)
+    lessons = make_lessons(case)
     (trigger,) = case.file.triggers
 
     def repeats(prompts: Sequence[np.ndarray]) -> list[int]:
@@ -59,12 +59,11 @@ def test_every_second_prompt_is_also_taught_with_the_trigger_twice(case: Case) -
     for prompts, size in (
         (lessons.triggered.prompts, split_sizes[0]),
         (lessons.held_out_triggered.prompts, split_sizes[1]),
-        ([pair.triggered for pair in validation.pairs], split_sizes[1]),
     ):
         found = repeats(prompts)
         assert set(found) == {1, 2} and found.count(1) == size
-        assert 0.4 * size < found.count(2) <= (size + 1) // 2
-        assert 2 <= found[:9].count(2) <= 4
+        assert 0.25 * size < found.count(2) <= (size + 2) // 3
+        assert 1 <= found[:9].count(2) <= 3
     assert set(repeats(lessons.counterparts)) == {0}
     # The teacher is the suspect on the same prompt without any trigger.
     kept = Lesson(

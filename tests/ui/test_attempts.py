@@ -1,5 +1,6 @@
 """One repair beside the others: only what was asked of the same suspect, and only one's own."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def test_a_job_is_shown_beside_its_own_like_and_nothing_else(settings: Settings)
     assert [row[0].partition(",")[0] for row in rows] == ["This one", "another rank"]
     assert rows[0][1:3] == ["repaired", "closed-form"]
     assert rows[0][3].startswith("0 k_proj: 6, 0 q_proj: 2")
-    assert rows[0][4] == "middle: 1 of 400 (0.0 % to 1.4 %)"
-    assert rows[0][5].startswith("middle: 398 of 400") and rows[0][6] == "0.000431"
+    report = json.loads((EXAMPLE / "report.json").read_text())
+    fired, recovered = (report["after"][key]["middle"] for key in ("attack_success", "recovery"))
+    assert rows[0][4].startswith(f"middle: {fired['count']} of 400 (")
+    assert rows[0][5].startswith(f"middle: {recovered['count']} of 400 (")
+    assert float(rows[0][6]) == pytest.approx(report["kl_from_original"], rel=0.01)
 
 
 def test_a_former_run_of_the_same_job_stays_in_sight(settings: Settings) -> None:
