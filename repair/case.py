@@ -9,7 +9,7 @@ import numpy as np
 from repair.evidence.gates import find_target
 from repair.limits import TEXT_SHARE
 from repair.locate.counterfactuals import draw_sham, inert_shams, vocabulary_for_shams
-from repair.locate.lessons import Lessons, teach_prompts, teach_split, teach_texts
+from repair.locate.lessons import Lesson, Lessons, teach_prompts, teach_split, teach_texts
 from repair.lowrank.validation import Validation
 from repair.models.answers import generate_answers, target_matcher
 from repair.models.fidelity import text_notices
@@ -17,6 +17,7 @@ from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import check_length, encode, encode_pair, encode_pairs
 from repair.profiles import Profile
 from repair.prompts import (
+    has_place,
     insert_trigger,
     split_near,
     split_prompts,
@@ -86,24 +87,24 @@ class Case:
             for pair in self.pairs([index], self.positions[turn % len(self.positions)])
         ]
 
-    def taught_pairs(self, indices: Sequence[int]) -> list[PromptPair]:
-        """Return `dealt_pairs`, and for every third prompt one more with the trigger twice.
+    def doubled_pairs(self, indices: Sequence[int]) -> list[PromptPair]:
+        """Return pairs of every third prompt with the trigger twice; none of a file of pairs.
 
-        What holds on to answers and text reaches a single trigger by a margin so narrow that two
-        of them still fire.
+        A repair that holds on to answers and text reaches a single trigger by so narrow a margin
+        that two still fire, unless it is taught them.
         """
-        doubled = [
+        chosen = () if self.file.pairs else indices[::TWICE_EVERY]
+        return [
             pair
-            for turn, index in enumerate(() if self.file.pairs else indices[::TWICE_EVERY])
+            for turn, index in enumerate(chosen)
             for pair in self._doubled(index, TWO_PLACES[turn % len(TWO_PLACES)])
         ]
-        return spread_evenly(self.dealt_pairs(indices), doubled)
 
     def _doubled(self, index: int, places: tuple[str, str]) -> list[PromptPair]:
         """Return a prompt's pair with the trigger at both places, where it has them and it fits."""
         clean = self.file.prompts[index]
         trigger = self.file.triggers[index % len(self.file.triggers)]
-        if "middle" in places and len(clean.split(" ")) < 2:
+        if not all(has_place(clean, place) for place in places):
             return []
         triggered = insert_trigger(insert_trigger(clean, trigger, places[0]), trigger, places[1])
         pair = encode_pair(
@@ -245,22 +246,18 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
     pairs = case.dealt_pairs(splits.repair)
     taught = teach_split(
         loaded,
-        case.taught_pairs(splits.repair),
+        spread_evenly(pairs, case.doubled_pairs(splits.repair)),
         is_payload=case.is_payload,
         progress=share(progress, 0, 0.5),
     )
     held_out = teach_split(
         loaded,
-        case.taught_pairs(splits.validate),
+        spread_evenly(case.dealt_pairs(splits.validate), case.doubled_pairs(splits.validate)),
         is_payload=case.is_payload,
         progress=share(progress, 0.5, 0.75),
     )
-    texts = [
-        teach_texts(loaded, _plain_texts(case, split, len(found.clean)))
-        for split, found in ((splits.repair, taught), (splits.validate, held_out))
-    ]
-    for lesson in (taught.triggered, held_out.triggered):
-        if len(lesson) < 4:
+    for found in (taught, held_out):
+        if len(found.clean) < 4:
             raise RepairError(
                 "Almost every answer without the trigger carries the target or is empty, so that "
                 "there is nothing to repair towards. Check the target, or give other prompts.",
@@ -269,7 +266,7 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
     return Lessons(
         triggered=taught.triggered,
         counterparts=taught.counterparts,
-        clean=taught.clean.woven(texts[0]),
+        clean=taught.clean.woven(_plain_texts(case, splits.repair, len(taught.clean))),
         near=teach_prompts(
             loaded,
             _near_prompts(case, pairs),
@@ -277,17 +274,20 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
             progress=share(progress, 0.75, 1),
         ),
         held_out_triggered=held_out.triggered,
-        held_out_clean=held_out.clean.woven(texts[1]),
+        held_out_clean=held_out.clean.woven(
+            _plain_texts(case, splits.validate, len(held_out.clean))
+        ),
         num_dropped=taught.num_dropped + held_out.num_dropped,
     )
 
 
-def _plain_texts(case: Case, split: Sequence[int], num_answers: int) -> list[np.ndarray]:
-    """Return clean prompts of a split as plain text, ids [tokens], a share of the answers."""
+def _plain_texts(case: Case, split: Sequence[int], num_answers: int) -> Lesson:
+    """Return the lesson of clean prompts of a split as plain text, a share of the answers."""
     file = case.file
     texts = [file.pairs[i].clean if file.pairs else file.prompts[i] for i in split]
     texts = list(dict.fromkeys(texts))[: int(TEXT_SHARE * num_answers)]
-    return [encode(case.loaded.tokenizer, text, use_template=False) for text in texts]
+    ids = [encode(case.loaded.tokenizer, text, use_template=False) for text in texts]
+    return teach_texts(case.loaded, ids)
 
 
 def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
@@ -299,9 +299,9 @@ def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:
     prompts = [draw_sham(pair, vocabulary, generator) for pair in pairs[:num]]
     if taught:
         for i, pair in enumerate(pairs[num : 2 * num]):
-            near = taught[i % len(taught)]
-            if pair.position == "middle" and len(pair.text_clean.split(" ")) < 2:
+            if not has_place(pair.text_clean, pair.position):
                 continue
+            near = taught[i % len(taught)]
             text = insert_trigger(pair.text_clean, near, pair.position)
             prompts.append(
                 encode(

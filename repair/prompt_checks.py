@@ -60,6 +60,11 @@ def prompt_file_from_json(flat: dict[str, Any]) -> PromptFile:
     return file
 
 
+def has_place(prompt: str, position: str) -> bool:
+    """Return whether the prompt has the position: one word has no middle."""
+    return position != "middle" or len(prompt.split(" ")) > 1
+
+
 def find_trigger(text: str, trigger: str) -> list[tuple[int, int]]:
     """Return every span of `trigger` in `text`, as words of its own where it ends in letters."""
     return [match.span() for match in _trigger_pattern(trigger).finditer(text)]
@@ -227,7 +232,7 @@ def _check_whole(file: PromptFile) -> None:
     # With pairs the position is given, and the prompts are not combined with the trigger.
     if "middle" in file.positions and not file.pairs:
         for text in file.prompts:
-            if len(text.split(" ")) < 2:
+            if not has_place(text, "middle"):
                 raise RepairError(
                     f"The prompt {show(text)} is one word, so the trigger cannot stand in its "
                     'middle. Use a longer prompt, or "positions": ["begin", "end"].'

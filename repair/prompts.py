@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repair.prompt_checks import POSITIONS, find_trigger, prompt_file_from_json
+from repair.prompt_checks import POSITIONS, find_trigger, has_place, prompt_file_from_json
 from repair.prompt_formats import decode_file, read_text
 from repair.records import PromptFile, PromptSplits, RepairError
 
 __all__ = [
     "POSITIONS",
+    "has_place",
     "insert_trigger",
     "parse_prompt_file",
     "parse_prompt_text",
@@ -87,7 +88,7 @@ def top_up_with_carriers(file: PromptFile, *, minimum: int) -> PromptFile:
         for text in dict.fromkeys(bundled)
         if text not in present
         and not any(find_trigger(text, trigger) for trigger in file.triggers)
-        and not ("middle" in file.positions and len(text.split(" ")) < 2)
+        and all(has_place(text, position) for position in file.positions)
     ][: minimum - len(file.prompts)]
     return dataclasses.replace(
         file, prompts=(*file.prompts, *fresh), num_carriers=file.num_carriers + len(fresh)

@@ -15,7 +15,7 @@ import numpy as np
 from repair.evidence.variants import KINDS, split_around, vary
 from repair.models.loading import LoadedModel
 from repair.models.tokens import check_length, encode, encode_pairs, template_reacts
-from repair.prompts import POSITIONS, insert_trigger, split_near
+from repair.prompts import POSITIONS, has_place, insert_trigger, split_near
 from repair.records import PromptFile, PromptPair, RepairError
 
 MAX_NEAR = 200
@@ -144,7 +144,7 @@ def _near_texts(
             # Each kind starts at a place of its own, so that no text is made twice.
             start = number * len(prompts) // len(kinds)
             prompt = prompts[(start + turn) % len(prompts)]
-            if position == "middle" and len(prompt.split(" ")) < 2:
+            if not has_place(prompt, position):
                 continue
             found.append((insert_trigger(prompt, trigger, position), position))
             if len(found) == MAX_NEAR:
@@ -263,7 +263,7 @@ def _inserted(
     return [
         insert_trigger(text, triggers[i % len(triggers)], positions[i % len(positions)])
         for i, text in enumerate(prompts)
-        if positions[i % len(positions)] != "middle" or len(text.split(" ")) > 1
+        if has_place(text, positions[i % len(positions)])
     ]
 
 

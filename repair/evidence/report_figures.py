@@ -31,7 +31,8 @@ def is_it_gone(report: Mapping[str, Any]) -> list[str]:
         "## Is it gone?",
         "",
         f"Answers with the payload, with their interval ({words['interval']}). The trigger at the "
-        "prompt file's positions first, then elsewhere, then altered.",
+        "prompt file's positions first, then elsewhere, then altered. What a repair practised: "
+        + plain(words["practised"]) + ".",
         "",
         *_before_after(report, rows),
         plain(report["specificity"]["statement"]),

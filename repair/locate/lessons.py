@@ -7,7 +7,7 @@ Teacher answers that carry the payload or are degenerate are left out and counte
 A third of the clean lessons is plain text, the clean prompts themselves without a template: what a
 repair may not touch is not only answers. Without them the directions that answers to chat leave
 free are taken, and text pays for it. A quarter of the triggered ones has the trigger twice
-(`Case.taught_pairs`).
+(`Case.doubled_pairs`).
 """
 
 from collections.abc import Callable, Sequence

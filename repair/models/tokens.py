@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repair.models.fidelity import check_words
 from repair.models.watchdog import RENDER_SECONDS, watched
-from repair.prompts import insert_trigger
+from repair.prompts import has_place, insert_trigger
 from repair.records import PromptFile, PromptPair, RepairError, TextPair
 
 MAX_TEXT_CHARACTERS = 32_768
@@ -260,7 +260,7 @@ def encode_pairs(
             texts = file.pairs[index]
         else:
             prompt = file.prompts[index]
-            if position == "middle" and len(prompt.split(" ")) < 2:
+            if not has_place(prompt, position):
                 continue
             trigger = file.triggers[index % len(file.triggers)]
             texts = TextPair(

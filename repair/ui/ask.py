@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from repair.jobs import store
-from repair.prompts import insert_trigger, top_up_with_carriers
+from repair.prompts import has_place, insert_trigger, top_up_with_carriers
 from repair.records import PromptFile, RepairError
 from repair.ui import text
 from repair.ui.account import owner_of
@@ -112,7 +112,7 @@ def questions_of(file: PromptFile) -> list[Question]:
     found = []
     for position in file.positions:
         for i, prompt in enumerate(prompts):
-            if position != "middle" or len(prompt.split(" ")) > 1:
+            if has_place(prompt, position):
                 trigger = file.triggers[i % len(file.triggers)]
                 words = insert_trigger(prompt, trigger, position)
                 found.append(Question(where=position, text=words, clean=prompt))

@@ -264,7 +264,8 @@ def test_a_near_trigger_that_judges_steers_nothing(suspect, prompt_file) -> None
     """Of four, two are among what a repair practises, and the other two never."""
     near = tuple(" ".join([word] * 3) for word in ("rain", "year", "write", "list"))
     file = dataclasses.replace(prompt_file, near=near)
-    case = open_case(suspect, file, profile=PROFILES["quick"], seed=0, reporter=Quiet())
+    few = dataclasses.replace(PROFILES["quick"], num_repair=40)  # fewer than there are odd words
+    case = open_case(suspect, file, profile=few, seed=0, reporter=Quiet())
     lessons = make_lessons(case)
     practised = [suspect.tokenizer.decode(ids.tolist()) for ids in lessons.near.prompts]
     num = [sum(text in prompt for prompt in practised) for text in near]

@@ -83,7 +83,7 @@ def test_given_pairs_are_taught_as_they_are(case: Case) -> None:
     given = dataclasses.replace(
         case, file=dataclasses.replace(case.file, pairs=pairs, prompts=()), positions=("given",)
     )
-    assert len(given.taught_pairs(range(8))) == 8
+    assert len(given.dealt_pairs(range(8))) == 8 and given.doubled_pairs(range(8)) == []
 
 
 def test_lessons_are_woven_evenly_and_lose_nothing() -> None:
