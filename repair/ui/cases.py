@@ -145,7 +145,7 @@ def build_cases(shell: Shell) -> None:
         view = look(shell.settings, session, request)  # without a job, if it was this one
         return view.session, chosen_before(view)
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet = shell.quiet
     table.select(pick, outputs=[job_id, name, note], **quiet)
     ask.click(lambda: gr.Button(visible=True), outputs=sure, **quiet)
     shell.listen(open_it.click, act=reopen, inputs=[job_id], problem=problem, is_opening=True)

@@ -110,10 +110,7 @@ def build_choice(shell: Shell, maps: gr.HTML, *, effect: gr.Radio, go_on: gr.But
         selection = selection.choose(grid.read_selection(event, view.scores))
         return {shell.selection: selection, **draw_small(view, selection)}
 
-    options = {
-        "show_progress": "hidden", "api_visibility": "private", "concurrency_id": "choice",
-        "concurrency_limit": 1,
-    }  # fmt: skip
+    options = {**shell.quiet, "concurrency_id": "choice", "concurrency_limit": 1}
     maps.choose(
         choose,
         inputs=[shell.session, shell.selection],

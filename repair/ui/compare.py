@@ -237,7 +237,7 @@ def build_compare(shell: Shell) -> None:
 
     ask.click(
         ask_both, inputs=[shell.session, question], outputs=[told, *replies],
-        show_progress="hidden", api_visibility="private", concurrency_limit=8,
+        concurrency_limit=8, **shell.quiet,
     )  # fmt: skip
 
     def filter_rows(request: gr.Request, session: Session, wanted: Any) -> list[list[str]]:
@@ -262,6 +262,6 @@ def build_compare(shell: Shell) -> None:
             },
         }
 
-    options = {"show_progress": "hidden", "api_visibility": "private"}
-    outcome.input(filter_rows, inputs=[shell.session, outcome], outputs=table, **options)
-    table.select(open_row, inputs=[shell.session], outputs=[prompt, *boxes, *marked], **options)
+    quiet = shell.quiet
+    outcome.input(filter_rows, inputs=[shell.session, outcome], outputs=table, **quiet)
+    table.select(open_row, inputs=[shell.session], outputs=[prompt, *boxes, *marked], **quiet)

@@ -129,7 +129,7 @@ def build_first_look(shell: Shell) -> None:
             return {where_tokens: gr.skip()}
         return {**draw_tokens(kept[place]), edited: texts[place]}
 
-    options = {"show_progress": "hidden", "api_visibility": "private"}
+    options = shell.quiet
     try_it.click(
         try_some, inputs=[shell.session],
         outputs=[tried, answers, rows_asked, texts_asked, where_tokens, tokens],

@@ -235,6 +235,5 @@ def build_locate(shell: Shell) -> None:
     gr.on(
         [effect.input, curvature.input], look_again,
         inputs=[shell.session, shell.selection, effect, curvature], outputs=maps,
-        show_progress="hidden", api_visibility="private", concurrency_id="choice",
-        concurrency_limit=1,
+        concurrency_id="choice", concurrency_limit=1, **shell.quiet,
     )  # fmt: skip

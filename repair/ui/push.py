@@ -49,7 +49,7 @@ def describe_push(folder: Path) -> tuple[str, bool]:
 
 def build_push(shell: Shell) -> None:
     """Build and wire the section."""
-    options = {"show_progress": "hidden", "api_visibility": "private"}
+    options = shell.quiet
     repo = gr.Textbox(
         label="Repository", elem_id="push-repo", placeholder="owner/name", max_length=200,
         info="A new one, or one that an earlier upload made. The adapter of both goes to "

@@ -287,7 +287,7 @@ def build_repair(shell: Shell) -> None:
     shell.go_to(go_on, "compare")
     rank_kind.input(
         lambda kind: gr.Number(visible=kind == "fixed"), inputs=rank_kind, outputs=rank,
-        show_progress="hidden", api_visibility="private",
+        **shell.quiet,
     )  # fmt: skip
     # A choice made on the maps decides whether Start is possible.
     shell.on_tab["repair"] = [plan, start], lambda view, selection: {

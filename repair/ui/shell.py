@@ -82,6 +82,19 @@ class Shell:
     # Listeners name all components of all tabs, so they are made when all are built.
     wiring: list[Callable[[], Any]] = field(default_factory=list)
 
+    @property
+    def quiet(self) -> dict[str, Any]:
+        """How events are wired that show no spinner and are no call by name.
+
+        Their state is shown on one hidden box. Shown on their outputs, every component of the app
+        would be asked for all it holds at each step of every event, a poll's too: half a core.
+        """
+        return {
+            "show_progress": "hidden",
+            "show_progress_on": self.seen,
+            "api_visibility": "private",
+        }
+
     def add(self, draw: Draw, outputs: Sequence[Any]) -> None:
         """Register a tab's drawing function and the components it draws."""
         self.draws.append(draw)
@@ -147,13 +160,12 @@ class Shell:
             return {**updates, problem: gr.Textbox(value="", visible=False)}
 
         def wire() -> None:
-            options = {"show_progress": "hidden", "api_visibility": "private"}
             done = gr.on(
                 list(events),
                 handle,
                 inputs=[self.session, self.selection, *inputs],
                 outputs=list(dict.fromkeys([*self.outputs, problem])),
-                **options,
+                **self.quiet,
             )
             if redraws is not None:
                 components, draw = self.on_tab[redraws]
@@ -161,17 +173,16 @@ class Shell:
                     open_tab(self, draw),
                     inputs=[self.session, self.selection],
                     outputs=list(components),
-                    **options,
+                    **self.quiet,
                 )
 
         self.wiring.append(wire)
 
     def go_to(self, button: gr.Button, tab: str) -> None:
         """Make `button` open a tab, and go there: the button itself is then out of sight."""
-        options = {"show_progress": "hidden", "api_visibility": "private"}
-        opened = button.click(lambda: gr.Tabs(selected=tab), outputs=self.tabs, **options)
+        opened = button.click(lambda: gr.Tabs(selected=tab), outputs=self.tabs, **self.quiet)
         focus = f"() => document.getElementById('tab-{tab}-button')?.focus()"
-        opened.then(None, js=focus, **options)
+        opened.then(None, js=focus, **self.quiet)
 
 
 def announce_end(view: View) -> None:
@@ -380,32 +391,32 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
 
     for wire in shell.wiring:
         wire()
-    options = {
-        "outputs": shell.outputs, "show_progress": "hidden", "api_visibility": "private",
-    }  # fmt: skip
     for name, (components, draw) in shell.on_tab.items():
         tabs[name].select(
             open_tab(shell, draw),
             inputs=[shell.session, shell.selection],
             outputs=list(components),
-            show_progress="hidden",
-            api_visibility="private",
+            **shell.quiet,
         )
     # A tick names only what it touches: a page takes in every output that is named.
     shell.timer.tick(
         tick,
         inputs=[shell.session, shell.seen, shell.told],
-        **{**options, "outputs": [*shell.live_outputs, shell.due, shell.seen]},
+        outputs=[*shell.live_outputs, shell.due, shell.seen],
+        **shell.quiet,
     )
     shell.idle.tick(
-        look_idly, inputs=[shell.session, shell.seen], **{**options, "outputs": [shell.due]}
+        look_idly, inputs=[shell.session, shell.seen], outputs=[shell.due], **shell.quiet
     )
-    shell.due.change(redraw, inputs=[shell.session, shell.selection, shell.seen], **options)
-    shell.stop.click(stop, inputs=[shell.session, shell.selection], **options)
+    acted_on = [shell.session, shell.selection]
+    shell.due.change(
+        redraw, inputs=[*acted_on, shell.seen], outputs=shell.outputs, **shell.quiet
+    )
+    shell.stop.click(stop, inputs=acted_on, outputs=shell.outputs, **shell.quiet)
     for say, box in shell.on_load:
-        demo.load(say, outputs=[box], show_progress="hidden", api_visibility="private")
+        demo.load(say, outputs=[box], **shell.quiet)
     demo.load(
-        load, inputs=[shell.browser], **{**options, "outputs": [*shell.outputs, shell.tabs]}
+        load, inputs=[shell.browser], outputs=[*shell.outputs, shell.tabs], **shell.quiet
     )
 
 

@@ -129,7 +129,7 @@ def build_hub(shell: Shell, problem: gr.Textbox) -> None:
     def show_account(request: gr.Request) -> str:
         return describe_login(request, shell)
 
-    options = {"show_progress": "hidden", "api_visibility": "private"}
+    options = shell.quiet
     shell.on_load.append((show_account, account))
     if typed:
         token, use, forget = typed
