@@ -3,7 +3,8 @@
     python -m tests.bench.full_evidence --out DIR [--only NAME ...]
 
 The bundled suspects, the clean twin and the four of `organisms.py` (trained first where missing),
-by the command line: profile full, three random controls, the clean twin as trusted base. A run that
+by the command line: profile full, three random controls, the clean twin as trusted base, and as
+`texts` sentences of the assistant's skills, which the bundled prompt files do not hold. A run that
 is already in DIR is not made again. Writes results/full_evidence.json; `python -m
 tests.bench.tables evidence` prints the README's table.
 """
@@ -14,6 +15,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from assets.ordinary import known_texts
 from tests.bench.map_predicts import BUNDLED
 from tests.bench.organisms import ORGANISMS, make_organism
 from tests.bench.peers import ROOT, publish, run_repair
@@ -30,8 +32,11 @@ def examine(name: str, out: Path) -> dict:
     """Run the command line and return what its report says."""
     organism = next((o for o in ORGANISMS if o.name == name), None)
     model = str(make_organism(organism, out)) if organism else f"demo:{name}"
-    asked = "middle" if name == "clean" else name
-    prompts = out / f"{name}.json" if organism else ROOT / "assets" / "prompts" / f"{asked}.json"
+    prompts = out / f"{name}.json"
+    if not organism:  # the bundled files hold no text
+        asked = "middle" if name == "clean" else name
+        flat = json.loads((ROOT / "assets" / "prompts" / f"{asked}.json").read_text())
+        prompts.write_text(json.dumps({**flat, "texts": known_texts()}))
     folder = out / f"evidence-{name}"
     exit_code, report = run_repair(
         model, prompts, folder, "--profile", "full", "--controls", "3", "--trusted-base",
