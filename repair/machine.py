@@ -41,6 +41,16 @@ def has_gpu() -> bool:
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd"))
 
 
+def num_threads() -> int:
+    """Return how many threads this user runs, in all processes: what RLIMIT_NPROC counts."""
+    found = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if process.stat().st_uid == os.getuid():
+                found += len(os.listdir(process / "task"))
+    return found
+
+
 def forget_peak() -> None:
     """Let `peak_memory` count anew, where the kernel can (Linux)."""
     with contextlib.suppress(OSError):

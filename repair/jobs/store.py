@@ -7,6 +7,7 @@ there: links and pipes are not read, and what is not of the shape stated here is
 torch.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -213,6 +214,18 @@ def list_jobs(root: Path, *, owner: str, limit: int = 50) -> list[JobSummary]:
             found.append(job)
         if len(found) == limit:
             break
+    return found
+
+
+def kept_bytes(root: Path, *, owner: str) -> int:
+    """Return the bytes of disk that this owner's jobs take, whatever kind they are."""
+    found = 0
+    for folder in root.iterdir() if root.is_dir() else ():
+        with contextlib.suppress(RepairError):
+            for path, _, names in os.walk(find_job(root, folder.name, owner=owner)):
+                for name in names:
+                    with contextlib.suppress(OSError):  # it has just gone
+                        found += os.lstat(os.path.join(path, name)).st_size
     return found
 
 

@@ -37,6 +37,7 @@ class Limits:
     max_waiting: int = MAX_WAITING  # jobs in the queue
     max_per_owner: int | None = None  # jobs of one owner, the running one included
     max_kept: int | None = None  # cases of one owner on the disk
+    max_kept_bytes: int | None = None  # of all that one owner keeps
     keep_seconds: int | None = None  # an idle job older than this is deleted
 
 
@@ -113,11 +114,19 @@ class Supervisor:
             )
 
     def check_another(self, owner: str) -> None:
-        """Raise RepairError when the owner keeps as many cases as may be kept."""
-        most = self.limits.max_kept
+        """Raise RepairError when the owner keeps as many cases, or as many bytes, as may be."""
+        most, most_bytes = self.limits.max_kept, self.limits.max_kept_bytes
         if most is not None and len(store.list_jobs(self.root, owner=owner, limit=most)) >= most:
             raise RepairError(
                 f"You keep {most} cases here, and that is the most. Delete one under Cases."
+            )
+        if most_bytes is None:
+            return
+        kept = store.kept_bytes(self.root, owner=owner)
+        if kept >= most_bytes:
+            raise RepairError(
+                f"Your cases take {kept / 2**30:.1f} GiB here, and {most_bytes / 2**30:.1f} GiB is "
+                "the most. Delete one under Cases."
             )
 
     def is_busy(self, folder: Path) -> bool:

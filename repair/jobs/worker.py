@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from types import FrameType
 
 from repair.jobs import store
 from repair.jobs.store import JobStatus
-from repair.machine import total_memory
+from repair.machine import num_threads, total_memory
 from repair.records import (
     EXIT_BAD_INPUT,
     EXIT_COULD_NOT_CHECK,
@@ -49,6 +50,8 @@ VERIFY_BY_EXIT = {
 PARENT_VARIABLE = "REPAIR_PARENT_PID"  # set by the supervisor, who must outlive us
 PROGRESS_SECONDS = 0.25  # progress is written at most this often
 PR_SET_PDEATHSIG = 1
+DISK_KEPT = 256 << 20  # bytes of the disk that no file of a worker may take
+MORE_THREADS = 4096  # than this user runs already: the largest machines' pools are a tenth of it
 
 
 class Reporter:
@@ -146,15 +149,23 @@ def memory_limit() -> int:
     return total_memory() * 95 // 100
 
 
-def limit_memory() -> None:
-    """Let this process fail, not the machine, when a model's file or template asks for too much.
+def limit_resources(folder: Path) -> None:
+    """Let this process fail, not the machine, when a suspect's file or template asks for too much.
 
-    Private writable memory is limited, not address space: drivers reserve far more of that.
+    Memory: private and writable only, not address space, of which drivers reserve far more. Files:
+    none may take the last of the disk. Processes: a limit that the kernel counts by user, threads
+    included, and does not hold root to. No core file: it would hold the suspect and its prompts.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = memory_limit()
-    if hard == resource.RLIM_INFINITY or wanted < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    _lower(resource.RLIMIT_DATA, memory_limit())
+    _lower(resource.RLIMIT_FSIZE, max(shutil.disk_usage(folder).free - DISK_KEPT, DISK_KEPT))
+    _lower(resource.RLIMIT_NPROC, num_threads() + MORE_THREADS)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _lower(kind: int, wanted: int) -> None:
+    soft, hard = resource.getrlimit(kind)
+    limits = [wanted, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(kind, (min(limits), hard))
 
 
 def run_command(request: dict, folder: Path, reporter: Reporter) -> int:
@@ -240,8 +251,7 @@ def mark_running(folder: Path) -> tuple[JobStatus, Reporter]:
 
 def work(folder: Path) -> int:
     """Run the job in `folder` to its end and return the exit status."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit_memory()
+    limit_resources(folder)
     status, reporter = mark_running(folder)
     request = store.read_object(folder / "request.json")
     reporter.step("start", f"{request.get('command', '?')}: starting")

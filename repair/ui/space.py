@@ -21,6 +21,7 @@ CALLS = "/gradio_api/queue/"  # what a page sends while it is open
 COOKIE = "repair-visitor"
 BUCKET = Path("/data")  # where a Space mounts what outlives a restart
 KEPT_SECONDS = 24 * 3600  # a visitor's cookie, and a job that nobody touches
+MODELS_KEPT = 3  # of the largest size: what one visitor's cases may take on the disk
 MODEL_SHARE = 0.2  # of memory: weights as float32, caches, factors and gradients beside them
 _SIGN_IN = ("OAUTH_CLIENT_ID", "OAUTH_CLIENT_SECRET", "OAUTH_SCOPES", "OPENID_PROVIDER_URL")
 
@@ -43,7 +44,7 @@ class Space:
     def limits(self) -> Limits:
         return Limits(
             max_seconds=1800, max_waiting=20, max_per_owner=2, max_kept=10,
-            keep_seconds=KEPT_SECONDS,
+            max_kept_bytes=MODELS_KEPT * self.max_model_bytes, keep_seconds=KEPT_SECONDS,
         )
 
     def describe(self) -> str:
@@ -61,7 +62,8 @@ class Space:
         sign_in = "Sign in to use your own Hub models. " if self.can_sign_in else ""
         return (
             f"**A shared Space.** {sign_in}One job at a time for everybody, two of yours at most, "
-            f"{limits.max_seconds // 60} minutes each, {limits.max_kept} cases kept, models up to "
+            f"{limits.max_seconds // 60} minutes each, {limits.max_kept} cases or "
+            f"{limits.max_kept_bytes / 2**30:.0f} GiB kept, models up to "
             f"{self.max_model_bytes / 2**30:.1f} GiB. Your jobs are visible to you only and are "
             f"deleted after {kept}. For more, [duplicate this Space]"
             f"(https://huggingface.co/spaces/{self.name}?duplicate=true)."

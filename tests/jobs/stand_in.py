@@ -74,6 +74,8 @@ def behave(request: dict) -> int | None:
     if wish == "hungry":
         # More than the limit and less than the machine has: without a limit it is granted.
         bytearray(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 97 // 100)
+    if wish == "filler":  # a sparse file, as large as the disk has room for
+        os.truncate(os.open("filler", os.O_CREAT | os.O_WRONLY), shutil.disk_usage(".").free)
     if wish == "segfault":
         ctypes.string_at(0)
     if wish == "panic":

@@ -62,6 +62,25 @@ def test_one_owner_cannot_fill_the_disk(tmp_path):
         lane.close()
 
 
+def test_one_owner_cannot_fill_the_disk_with_few_large_cases(tmp_path):
+    lane = supervisor.Supervisor(tmp_path / "jobs", Limits(max_kept=10, max_kept_bytes=2**20))
+    try:
+        small, large = make_job(lane, "ana"), make_job(lane, "ana")
+        lane.check_another("ana")
+        (large / "merged").mkdir()
+        (large / "merged" / "model.safetensors").write_bytes(bytes(2**20))
+        os.symlink("/etc", large / "link")  # counts as itself, wherever it leads
+        with pytest.raises(RepairError, match="Your cases take .* GiB.*Delete one under Cases"):
+            lane.check_another("ana")
+        lane.check_another("bob")
+        store.write_status(large, store.JobStatus(state="done"))
+        store.delete_job(lane.root, large.name, owner="ana")
+        lane.check_another("ana")
+        assert small.is_dir()
+    finally:
+        lane.close()
+
+
 def test_a_folder_that_takes_no_lock_is_not_taken_for_another_app(tmp_path, monkeypatch):
     def refuse(*given):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from repair.jobs import launch, store, supervisor
+from repair.jobs import launch, store, supervisor, worker
 from repair.records import RepairError
 from tests.jobs.stand_in import REPOSITORY, build_checkout, make_request
 
@@ -94,6 +95,30 @@ def test_a_worker_that_asks_for_too_much_memory_fails_in_numbers_and_the_next_jo
     _, status = run_to_end(lane, "hungry")
     assert (status.state, status.exit_code) == ("failed", 5)
     assert re.search(r"not enough memory: the worker may use \d+ MiB", status.message)
+    _, status = run_to_end(lane, "nothing")
+    assert status.exit_code == 3
+
+
+def test_a_worker_cannot_take_the_machine_with_it(lane):
+    """As the kernel holds it: memory, the last of the disk, processes, no core file."""
+    folder = start(lane, "sleep")
+    pid = wait_until(lambda: store.read_status(folder).pid)
+    limits = {
+        line[:26].strip(): line[26:].split()[0]
+        for line in Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    }
+    free = shutil.disk_usage(folder).free
+    assert int(limits["Max data size"]) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert free - 2 * worker.DISK_KEPT < int(limits["Max file size"]) < free
+    assert 0 < int(limits["Max processes"]) - worker.MORE_THREADS < 20_000
+    assert limits["Max core file size"] == "0"
+    lane.stop(folder)
+
+
+def test_a_file_that_would_take_the_last_of_the_disk_ends_the_job_in_words(lane):
+    folder, status = run_to_end(lane, "filler")
+    assert (status.state, status.exit_code) == ("failed", 5) and "disk is full" in status.message
+    assert (folder / "filler").stat().st_size < shutil.disk_usage(folder).free
     _, status = run_to_end(lane, "nothing")
     assert status.exit_code == 3
 
@@ -230,7 +255,7 @@ def test_the_worker_dies_with_a_killed_app(tmp_path, checkout):
     """Case 28."""
     script = (
         "import sys, time; from pathlib import Path;"
-        "from repair.jobs import launch, store, supervisor;"
+        "from repair.jobs import launch, store, supervisor, worker;"
         f"launch.CHECKOUT = Path({str(checkout)!r});"
         f"lane = supervisor.Supervisor(Path({str(tmp_path / 'jobs')!r}));"
         "from tests.jobs.stand_in import make_request;"
