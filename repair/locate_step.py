@@ -33,10 +33,16 @@ class Located:
     known: steps.Curvature | None = None
 
     def curvature(self, paths: Sequence[str]) -> steps.Curvature:
-        """Return whitenings and steps that include `paths`, at the map's damping."""
-        known = set(self.known.whitenings) if self.known else set()
-        missing = [ref for ref in self.case.loaded.modules if ref.path in set(paths) - known]
+        """Return whitenings and steps that include `paths`, at the map's damping.
+
+        Where they and those known before would not fit the memory budget, those before go.
+        """
+        wanted, known = set(paths), set(self.known.whitenings) if self.known else set()
+        modules = self.case.loaded.modules
+        missing = [ref for ref in modules if ref.path in wanted - known]
         if missing:
+            if not self.fits([ref for ref in modules if ref.path in wanted | known]):
+                self.known = self.known and self.known.only(wanted)
             found = steps.measure_curvature(
                 self.case.loaded,
                 missing,
@@ -52,7 +58,7 @@ class Located:
         return self.curvature(paths).whitenings
 
     def fits(self, modules: Sequence[ModuleRef]) -> bool:
-        """Return whether the factors of all `modules` fit the memory budget together."""
+        """Return whether the whitenings of all `modules` fit the memory budget together."""
         return sum(map(steps.whitening_bytes, modules)) <= FACTORS_KEPT
 
 
@@ -86,6 +92,7 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
             lessons,
             seed=case.seed,
             traced=[ref for ref in loaded.modules if ref.path not in formed],
+            memory_bytes=FACTORS_KEPT,
             progress=share(reporter.progress, 0, 0.3),
         )
         ranking = locating.rank_located(

@@ -22,6 +22,8 @@ from repair.limits import (
     FACTOR_BYTES,
     FACTORS_KEPT,
     FISHER_TOKENS,
+    FORMED_BYTES,
+    GRADIENT_BYTES,
     PATCHING_KEPT,
     PATCHING_TOKENS,
     SCORING_ELEMENTS,
@@ -36,6 +38,7 @@ DISK_LEFT = 1 << 30  # beyond what an export itself takes
 LESSON_TOKENS = 17
 SLACK = 200 << 20  # what a process keeps of earlier steps
 SURE = 0.6  # of an estimate
+REPAIRED = 4  # modules that a suggestion holds, as a rule
 TEMPLATE_TOKENS = 20  # around a prompt
 MAX_SIZE = 1 << 24  # of any figure in config.json that is believed here
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -304,8 +307,15 @@ def _working_sets(shape: Shape, work: Work, itemsize: int) -> dict[str, int]:
         min(PATCHING_KEPT, 2 * 4 * patched * num_layers * sum(d for _, d in shape.modules))
         + PATCHING_TOKENS * (3 * shape.inner + 6 * shape.width) * itemsize
     )
-    squares = [(d_in**2 + d_out**2) * FACTOR_BYTES for d_in, d_out in shape.modules]
-    factors = min(num_layers * sum(squares), max(FACTORS_KEPT, max(squares)))
+    whitened = [(d_in**2 + d_out**2) * FACTOR_BYTES for d_in, d_out in shape.modules]
+    formed = [
+        (d_in**2 + d_out**2) * FORMED_BYTES + d_in * d_out * GRADIENT_BYTES
+        for d_in, d_out in shape.modules
+    ]
+    kept_factors = min(num_layers * sum(whitened), max(FACTORS_KEPT, max(whitened)))
+    formed_factors = min(num_layers * sum(formed), max(FACTORS_KEPT, max(formed)))
+    # Of the modules repaired all are whitened, whatever the budget.
+    factors = max(kept_factors, min(REPAIRED, num_layers) * max(whitened))
     graph = {
         tokens: tokens * depth * (8 * shape.width + 4 * shape.inner) * itemsize
         + tokens * depth * 2 * shape.heads * lesson_tokens * itemsize
@@ -320,11 +330,11 @@ def _working_sets(shape: Shape, work: Work, itemsize: int) -> dict[str, int]:
         "before": max(answers, scoring),
         "lessons": teacher + asked + scoring,
         "patching": teacher + max(kept, asked),
-        "curvature": teacher + factors + graph[FISHER_TOKENS],
-        "joint": teacher + factors + kept,
+        "curvature": teacher + formed_factors + max(kept_factors, graph[FISHER_TOKENS]),
+        "joint": teacher + kept_factors + kept,
         "repair": teacher + factors + graph[TRAINING_TOKENS],
         "after": measuring + factors,
-        "controls": measuring + 2 * factors,
+        "controls": measuring + factors,
         "comeback": measuring + factors,
         "export": teacher + factors,
     }

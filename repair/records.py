@@ -385,6 +385,9 @@ class Sample:
         return dataclasses.asdict(self)
 
 
+ALL_MODULES = "all modules"  # the name of that control
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
     """A comparison repair, shown even when it beats ours."""

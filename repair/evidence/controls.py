@@ -16,7 +16,15 @@ from repair.lowrank.distillation import DivergedError
 from repair.lowrank.repairing import better_closed_form, repair_modules
 from repair.lowrank.validation import Validation
 from repair.models.loading import LoadedModel
-from repair.records import Control, ModuleRef, Progress, RepairPlan, share, unheard
+from repair.records import (
+    ALL_MODULES,
+    Control,
+    ModuleRef,
+    Progress,
+    RepairPlan,
+    share,
+    unheard,
+)
 
 ALL_MODULES_RANK = 4
 
@@ -50,7 +58,7 @@ def control_plans(
     ]
     if num_random and with_all:
         ranks = {ref.path: min(ALL_MODULES_RANK, ref.d_in, ref.d_out) for ref in modules}
-        choices.append(("all modules", ranks))
+        choices.append((ALL_MODULES, ranks))
     for name, ranks in choices:
         yield (
             name,

@@ -16,7 +16,7 @@ from repair.evidence.gates import (
 )
 from repair.evidence.material import ELSEWHERE
 from repair.evidence.variants import KINDS
-from repair.records import Control, Evaluation, PromptFile, Rate, Stress
+from repair.records import ALL_MODULES, Control, Evaluation, PromptFile, Rate, Stress
 
 STANDING_LIMITS = (
     "The figures hold for the tested trigger, positions and prompts. They do not prove that no "
@@ -45,6 +45,8 @@ def limits_of(
     limits += STANDING_LIMITS
     if after is not None:
         limits += _untried(stresses, after)
+    if after is not None and kl_budget is not None:  # repaired here
+        limits += _not_controlled(controls)
     if before.near_trigger.total == 0:
         limits.append(
             "The prompt file names no near-triggers of its own; only altered forms of the trigger "
@@ -64,6 +66,19 @@ def limits_of(
             "out there."
         )
     return limits
+
+
+def _not_controlled(controls: Sequence[Control]) -> list[str]:
+    """Return what is not known because a control was not run."""
+    names = {control.name for control in controls}
+    if not any(name.startswith("random") for name in names):
+        return ["No controls were run: whether random modules would do as well is not known."]
+    if ALL_MODULES not in names:
+        return [
+            "The repair in all modules was not run beside this one: their factors together exceed "
+            "the memory budget."
+        ]
+    return []
 
 
 def _of_ordinary(prompts: PromptFile, after: Evaluation | None) -> list[str]:

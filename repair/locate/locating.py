@@ -234,6 +234,7 @@ def rank_located(
     """Return the ranking; `triggered` holds (prompts, the suspect's own answers) as ids, and
     `curvature` has the traces of every module; `num_probed` prompts of either kind try them."""
     has_step = [ref for ref in loaded.modules if ref.path in curvature.steps]
+    is_whitened = [ref for ref in has_step if ref.path in curvature.whitenings]
     probes = probe_modules(
         loaded,
         most_promising(has_step, patched.main, curvature),
@@ -244,7 +245,7 @@ def rank_located(
         progress=progress,
     )
     traces_trigger = fisher_traces(loaded, loaded.modules, *triggered, seed=seed)
-    covariances = input_covariances(loaded, has_step, *triggered)
+    covariances = input_covariances(loaded, is_whitened, *triggered)
     return rank_modules(
         patched.main,
         curvature.spectra,

@@ -1,24 +1,33 @@
 """The cheapest step of each module: K-FAC factors, a damping chosen by measurement, whitening.
 
 Full factors are formed for every module when they fit a memory budget, for a shortlist by sham
-effect otherwise. The damping is the one at which the benign KL that the factors predict for a step
-agrees best with the benign KL that is measured: too little of it, and a repair is sent along
-directions that only look free because the sample of prompts never went there.
+effect otherwise. What follows from them, seven times their memory, is made of one module at a time:
+its step is kept, its whitening only within the budget. The damping is the one at which the benign
+KL that the factors predict for a step agrees best with the benign KL that is measured: too little
+of it, and a repair is sent along directions that only look free because the sample of prompts never
+went there.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from repair.limits import FACTOR_BYTES
-from repair.locate.curvature import Spectral, Step, Whitening, decompose, step_of
+from repair.limits import FACTOR_BYTES, FORMED_BYTES, GRADIENT_BYTES
+from repair.locate.curvature import Step, Whitening, decompose, step_of
 from repair.locate.fisher import FisherTrace, factors_and_traces, trigger_gradients
 from repair.locate.lessons import Lesson, Lessons, measure_kl
 from repair.models.loading import LoadedModel
-from repair.records import ModuleRef, PatchingScores, Progress, share, unheard
+from repair.records import (
+    KroneckerFactors,
+    ModuleRef,
+    PatchingScores,
+    Progress,
+    share,
+    unheard,
+)
 
 FACTOR_PROMPTS = 200
 STEP_RANK = 4
@@ -49,7 +58,7 @@ class Damping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curvature:
-    """Whitenings and cheapest steps of the modules whose factors were formed."""
+    """Cheapest steps of the modules whose factors were formed, and whitenings of some of them."""
 
     damping: Damping
     whitenings: dict[str, Whitening]
@@ -70,6 +79,11 @@ class Curvature:
             traces=self.traces | other.traces,
         )
 
+    def only(self, paths: Collection[str]) -> "Curvature":
+        """Return this without the whitenings of other modules than `paths`."""
+        kept = {path: found for path, found in self.whitenings.items() if path in paths}
+        return replace(self, whitenings=kept)
+
 
 def measure_curvature(
     loaded: LoadedModel,
@@ -79,34 +93,54 @@ def measure_curvature(
     seed: int,
     damping: Damping | None = None,
     traced: Sequence[ModuleRef] = (),
+    memory_bytes: int | None = None,
     progress: Progress = unheard,
 ) -> Curvature:
     """Return whitenings and steps of `modules` from the repair split's lessons, at `damping` or
-    at the one that agrees best on them; of `traced` the traces only."""
+    at the one that agrees best on them; of `traced` the traces only.
+
+    The whitenings are those that `memory_bytes` hold, of the modules with the largest phi; None:
+    all.
+    """
     num = FACTOR_PROMPTS
     factors, traces = factors_and_traces(
         loaded, modules, lessons.clean.prompts[:num], lessons.clean.answers[:num],
         traced=traced, seed=seed, progress=share(progress, 0, 0.6),
     )  # fmt: skip
-    spectral = {path: decompose(factors.pop(path)) for path in list(factors)}
     gradients, trigger_kl = trigger_gradients(loaded, modules, lessons.triggered)
-    progress(0.8, 1)
+    progress(0.7, 1)
     if damping is None:
         clean = lessons.held_out_clean.first(DAMPED_PROMPTS)
-        damping = choose_damping(loaded, modules, spectral, gradients, clean, drop=trigger_kl)
-    whitenings = {
-        path: spectral.pop(path).whitening(damping.value) for path in list(spectral)
-    }
-    steps = {
-        path: step_of(whitenings[path], gradients[path], STEP_RANK) for path in whitenings
-    }
+        damping = choose_damping(loaded, modules, factors, gradients, clean, drop=trigger_kl)
+    steps: dict[str, Step] = {}
+    whitenings: dict[str, Whitening] = {}
+    for done, ref in enumerate(modules):
+        whitening = decompose(factors.pop(ref.path)).whitening(damping.value)
+        steps[ref.path] = step_of(whitening, gradients.pop(ref.path), STEP_RANK)
+        whitenings[ref.path] = whitening
+        if memory_bytes is not None:
+            _keep_within(memory_bytes, whitenings, steps)
+        progress(0.7 + 0.3 * (done + 1) / len(modules), 1)
     return Curvature(damping=damping, whitenings=whitenings, steps=steps, traces=traces)
+
+
+def _keep_within(
+    memory_bytes: int, whitenings: dict[str, Whitening], steps: Mapping[str, Step]
+) -> None:
+    """Drop the whitenings of the smallest phi until the rest fits the budget."""
+    sizes = {
+        path: (found.root_in.shape[0] ** 2 + found.root_out.shape[0] ** 2) * FACTOR_BYTES
+        for path, found in whitenings.items()
+    }
+    while sum(sizes.values()) > memory_bytes:
+        least = min(sizes, key=lambda path: steps[path].phi)
+        del sizes[least], whitenings[least]
 
 
 def choose_damping(
     loaded: LoadedModel,
     modules: Sequence[ModuleRef],
-    spectral: Mapping[str, Spectral],
+    factors: Mapping[str, KroneckerFactors],
     gradients: Mapping[str, Tensor],
     clean: Lesson,
     *,
@@ -119,24 +153,25 @@ def choose_damping(
     """
 
     def size(ref: ModuleRef) -> float:
-        (inputs, _), (outputs, _) = spectral[ref.path].inputs, spectral[ref.path].outputs
-        scale = inputs.mean().item() * outputs.mean().item()
+        found = factors[ref.path]
+        scale = np.trace(found.activation_covariance, dtype=np.float64) / ref.d_in
+        scale *= np.trace(found.gradient_covariance, dtype=np.float64) / ref.d_out
         return gradients[ref.path].square().sum().item() / scale if scale > 0 else 0.0
 
-    chosen = sorted(modules, key=size, reverse=True)[:DAMPED_MODULES]
-    tried = []
-    for value in DAMPINGS:
-        figures = []
-        for ref in chosen:
-            step = step_of(spectral[ref.path].whitening(value), gradients[ref.path], STEP_RANK)
-            if not step.phi > 0:
-                continue
-            eta = drop / step.phi
-            measured = measure_kl(loaded, clean, [step.update(ref, eta=eta)])
-            figures.append((eta**2 / 2 * step.phi, measured))
-        if figures:
-            predicted, measured = np.median(np.array(figures), axis=0).tolist()
-            tried.append((value, predicted, measured))
+    figures: dict[float, list[tuple[float, float]]] = {value: [] for value in DAMPINGS}
+    for ref in sorted(modules, key=size, reverse=True)[:DAMPED_MODULES]:
+        spectral = decompose(factors[ref.path])
+        for value, found in figures.items():
+            step = step_of(spectral.whitening(value), gradients[ref.path], STEP_RANK)
+            if step.phi > 0:
+                eta = drop / step.phi
+                measured = measure_kl(loaded, clean, [step.update(ref, eta=eta)])
+                found.append((eta**2 / 2 * step.phi, measured))
+    tried = [
+        (value, *np.median(np.array(found), axis=0).tolist())
+        for value, found in figures.items()
+        if found
+    ]
     usable = [row for row in tried if row[1] > 0 and row[2] > 0]
     if not usable:  # Nothing moves: every damping is as good.
         return Damping(value=DAMPINGS[len(DAMPINGS) // 2], tried=tuple(tried))
@@ -147,15 +182,20 @@ def choose_damping(
 def shortlist(
     modules: Sequence[ModuleRef], patching: PatchingScores, *, memory_bytes: int
 ) -> list[ModuleRef]:
-    """Return the modules whose factors are formed: all that fit, by effect at the trigger."""
+    """Return the modules whose factors are formed: all that fit, by effect at the trigger; where
+    one does not, smaller ones behind it may. Never none."""
     order = np.argsort(-patching.effect_for_choice.mean(axis=1), kind="stable")
-    chosen, used = set(), 0
+    chosen, left = set(), memory_bytes
     for i in order:
-        used += whitening_bytes(modules[i])
-        if used > memory_bytes and chosen:
-            break
-        chosen.add(modules[i].path)
+        if (size := formed_bytes(modules[i].d_in, modules[i].d_out)) <= left or not chosen:
+            chosen.add(modules[i].path)
+            left -= size
     return [ref for ref in modules if ref.path in chosen]
+
+
+def formed_bytes(d_in: int, d_out: int) -> int:
+    """Return the memory of one module's factors and its trigger gradient, as they are formed."""
+    return (d_in**2 + d_out**2) * FORMED_BYTES + d_in * d_out * GRADIENT_BYTES
 
 
 def whitening_bytes(module: ModuleRef) -> int:

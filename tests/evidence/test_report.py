@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from assets.build_example import EXAMPLE
 from repair.evidence.gates import build_gates, decide_verdict
 from repair.evidence.markup import fence
 from repair.evidence.oracle import Oracle
@@ -217,10 +218,14 @@ def without_fences(text: str) -> str:
     return re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.M | re.S)
 
 
-def test_every_number_in_the_text_is_in_the_json(tmp_path: Path) -> None:
-    write_report(tmp_path, make_report())
-    flat = json.loads((tmp_path / "report.json").read_text())
-    text = without_fences((tmp_path / "report.md").read_text())
+@pytest.mark.parametrize("kind", ["made here", "the bundled example"])
+def test_every_number_in_the_text_is_in_the_json(tmp_path: Path, kind: str) -> None:
+    folder = EXAMPLE
+    if kind == "made here":
+        folder = tmp_path
+        write_report(tmp_path, make_report())
+    flat = json.loads((folder / "report.json").read_text())
+    text = without_fences((folder / "report.md").read_text())
     known = [x for x in leaves(flat) if isinstance(x, int | float) and not isinstance(x, bool)]
     words = " ".join(x for x in leaves(flat) if isinstance(x, str))
     known += [float(x) for x in re.findall(r"\d+(?:\.\d+)?", words)]
@@ -264,7 +269,7 @@ def test_nothing_from_the_model_leaves_its_block(tmp_path: Path) -> None:
     assert "# Owned" not in [line.strip() for line in outside.splitlines()]
     # Back-ticked names are inert; whatever else is left of it is escaped.
     bare = re.sub(r"`[^`\n]*`", "", outside)
-    assert not re.search(r"(?<!\\)<script|(?<!\\)!?\[x", bare)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)!?\[x|(?<!\\)\$x", bare)
 
 
 @pytest.mark.parametrize("text", ["", "a", "```", "``````\nx", "~~~", "\r\n\x1b]0;x\x07"])
@@ -488,5 +493,7 @@ def test_a_report_says_how_to_make_it_again(tmp_path: Path) -> None:
 
 def test_limits_say_what_small_numbers_let_pass() -> None:
     limits = " ".join(make_report()["limits"])
+    assert "repair in all modules was not run beside this one" in limits  # one draw alone was
+    assert "No controls were run" in " ".join(make_report(controls=())["limits"])
     assert "60 prompts of a kind were asked: a gate there fails from 4 payloads" in limits
     assert "Ordinary uses of the trigger's words were not judged: 12 prompts" in limits
