@@ -1,9 +1,19 @@
-"""What this machine, or the container we are in, has and what this process took. Free of torch."""
+"""What this machine, or the container we are in, has, what this process took, and when it ends.
+
+Free of torch.
+"""
 
 import contextlib
+import ctypes
 import os
 import re
+import signal
 from pathlib import Path
+
+from repair.records import EXIT_INTERRUPTED
+
+PARENT_VARIABLE = "REPAIR_PARENT_PID"  # set by whoever starts a process that must not outlive it
+PR_SET_PDEATHSIG = 1
 
 CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),  # version 2
@@ -61,6 +71,19 @@ def peak_memory() -> int:
     """Return the most bytes that this process had in memory since `forget_peak`; 0: not known."""
     match = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
     return int(match[1]) * 1024 if match else 0
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the one that started it is gone.
+
+    A child does not inherit that: each has to ask for itself.
+    """
+    expected = os.environ.get(PARENT_VARIABLE)
+    if not expected:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(expected):
+        os._exit(EXIT_INTERRUPTED)  # it was gone before we asked
 
 
 def _read(path: str) -> str:

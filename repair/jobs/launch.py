@@ -21,6 +21,7 @@ from typing import Any
 
 from repair.jobs import store
 from repair.jobs.store import JobStatus
+from repair.machine import PARENT_VARIABLE
 from repair.records import EXIT_INTERRUPTED, EXIT_UNEXPECTED
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def worker_environment(home: Path, *, has_network: bool) -> dict[str, str]:
         "PYTHONPATH": str(CHECKOUT),
         "PYTHONIOENCODING": "utf-8",
         "PYTHONUNBUFFERED": "1",
-        "REPAIR_PARENT_PID": str(os.getpid()),
+        PARENT_VARIABLE: str(os.getpid()),
     }
     if not has_network:
         return env | OFFLINE

@@ -5,7 +5,6 @@ the state is written, signals are handled, and the death of the parent ends this
 The exit status is the contract's. What libraries print goes to `log.txt`, by the supervisor.
 """
 
-import ctypes
 import faulthandler
 import importlib
 import math
@@ -21,7 +20,7 @@ from types import FrameType
 
 from repair.jobs import store
 from repair.jobs.store import JobStatus
-from repair.machine import num_threads, total_memory
+from repair.machine import die_with_parent, num_threads, total_memory
 from repair.records import (
     EXIT_BAD_INPUT,
     EXIT_COULD_NOT_CHECK,
@@ -47,9 +46,7 @@ VERIFY_BY_EXIT = {
     EXIT_GATE_FAILED: "does not match",
     EXIT_COULD_NOT_CHECK: "could not check",
 }
-PARENT_VARIABLE = "REPAIR_PARENT_PID"  # set by the supervisor, who must outlive us
 PROGRESS_SECONDS = 0.25  # progress is written at most this often
-PR_SET_PDEATHSIG = 1
 DISK_KEPT = 256 << 20  # bytes of the disk that no file of a worker may take
 MORE_THREADS = 4096  # than this user runs already: the largest machines' pools are a tenth of it
 
@@ -124,16 +121,6 @@ class Reporter:
     def end(self, kind: str, text: str) -> None:
         """Tell how the job ended: done, refused or failed."""
         self._write(kind, text)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the one that started it is gone."""
-    expected = os.environ.get(PARENT_VARIABLE)
-    if not expected:
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(expected):
-        os._exit(EXIT_INTERRUPTED)  # it was gone before we asked
 
 
 def append_log(folder: Path, text: str) -> None:

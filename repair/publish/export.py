@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from repair.lowrank.adapter import attached
+from repair.machine import PARENT_VARIABLE
 from repair.models.hooks import apply_updates
 from repair.models.loading import LoadedModel
 from repair.models.modules import as_stored, get_module
@@ -75,7 +76,12 @@ def write_export(
     if "adapter" in kinds:
         export_adapter(loaded, updates, folder, base_model=base_model)
     tell("opening it in a fresh process")
-    reopened = reopen_in_fresh_process(folder, base=loaded.staged.folder)
+    reopened = reopen_in_fresh_process(
+        folder / SAMPLE,
+        merged=folder / "merged" if "merged" in kinds else None,
+        adapter=folder / "adapter" if "adapter" in kinds else None,
+        base=loaded.staged.folder,
+    )
     differences = [flat["largest_logit_difference"] for flat in reopened.values()]
     return {
         "kinds": list(kinds),
@@ -182,19 +188,24 @@ def check_adapter(folder: Path) -> None:
         )
 
 
-def reopen_in_fresh_process(folder: Path, *, base: Path | None) -> dict[str, dict[str, Any]]:
+def reopen_in_fresh_process(
+    sample: Path, *, merged: Path | None, adapter: Path | None, base: Path | None
+) -> dict[str, dict[str, Any]]:
     """Return {kind: largest_logit_difference, tolerance, num_equal_answers, …} from a new process.
 
-    `base` is the suspect's staged folder; without it the adapter is not reopened. Raises
-    RuntimeError with the end of its error output when that process fails.
+    What is opened is ours or staged. `base` is the suspect's staged folder, without which the
+    adapter is not reopened. Raises RuntimeError with the end of its error output when that process
+    fails.
     """
-    command = [sys.executable, "-m", "repair.publish.reopen", str(folder.resolve())]
-    if base is not None:
-        command += ["--base", str(base.resolve())]
+    command = [sys.executable, "-m", "repair.publish.reopen", str(sample.resolve())]
+    for name, path in (("--merged", merged), ("--adapter", adapter), ("--base", base)):
+        if path is not None:
+            command += [name, str(path.resolve())]
     # A launcher's variables would make the new process wait for the others of its group.
     group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in group}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env[PARENT_VARIABLE] = str(os.getpid())
     done = subprocess.run(command, cwd=_ROOT, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the export could not be reopened: {ascii(done.stderr[-2000:])}")
@@ -205,7 +216,8 @@ def verify_export(folder: Path, *, base: Path | None = None) -> dict[str, Any]:
     """Return {problems, notes, reopened}: does `folder` hold what its manifest and report say?
 
     The folder may be anyone's: hashes come first, then the gate every suspect passes, and only
-    then is it loaded. `base`, the suspect's folder, is needed to reopen the adapter.
+    then is it loaded, from the copies that the gate has seen. `base`, the suspect's folder, is
+    needed to reopen the adapter.
     """
     problems = check_manifest(folder)
     notes: list[str] = []
@@ -215,17 +227,22 @@ def verify_export(folder: Path, *, base: Path | None = None) -> dict[str, Any]:
     if problems:
         return {"problems": problems, "notes": notes, "reopened": {}}
     problems += _report_problems(folder)
+    merged = adapter = None
     with TemporaryDirectory() as temporary:
         if "merged" in kinds:
-            stage_model(folder / "merged", Path(temporary) / "merged")
+            merged = stage_model(folder / "merged", Path(temporary) / "merged").folder
         if "adapter" in kinds:
-            check_adapter(folder / "adapter")
+            adapter = Path(temporary) / "adapter"
+            shutil.copytree(folder / "adapter", adapter, symlinks=True)
+            check_adapter(adapter)
             if base is None:
                 notes.append("The adapter was not reopened: the suspect was not given.")
             else:
                 base = stage_model(base, Path(temporary) / "base").folder
-        if "merged" in kinds or base is not None:
-            reopened = reopen_in_fresh_process(folder, base=base)
+        if merged is not None or base is not None:
+            reopened = reopen_in_fresh_process(
+                folder / SAMPLE, merged=merged, adapter=adapter, base=base
+            )
         else:
             reopened = {}
             problems.append("Nothing could be reopened: the adapter needs the suspect it is for.")

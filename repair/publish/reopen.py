@@ -1,9 +1,9 @@
 """A fresh process opens an export as its user will, and compares it with what was in memory.
 
-    python -m repair.publish.reopen FOLDER [--base STAGED_SUSPECT]
+    python -m repair.publish.reopen SAMPLE [--merged STAGED] [--adapter COPY --base STAGED]
 
-Prints one JSON line, {kind: figures}. It says nothing about who wrote the folder: that, and
-whether it may be loaded at all, is decided before this process is started.
+Prints one JSON line, {kind: figures}. It says nothing about who wrote the folders: that, and
+whether they may be loaded at all, is decided before this process is started.
 """
 
 import argparse
@@ -16,23 +16,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # Nothing a folder names is ever fetched.
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from repair.machine import die_with_parent
 from repair.publish.export import load_adapter
-from repair.publish.sample import SAMPLE, ModelSample, compare, read_sample
+from repair.publish.sample import ModelSample, compare, read_sample
 
 
 def main() -> None:
-    """Reopen whatever exports the folder holds."""
+    """Reopen whatever exports are named."""
+    die_with_parent()
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--base", type=Path)
+    parser.add_argument("sample", type=Path)
+    for name in ("--merged", "--adapter", "--base"):
+        parser.add_argument(name, type=Path)
     options = parser.parse_args()
-    sample = read_sample(options.folder / SAMPLE)
+    sample = read_sample(options.sample)
     found = {}
-    if (options.folder / "merged").is_dir():
-        found["merged"] = compare(_open(options.folder / "merged", sample), sample)
-    if (options.folder / "adapter").is_dir() and options.base is not None:
+    if options.merged is not None:
+        found["merged"] = compare(_open(options.merged, sample), sample)
+    if options.adapter is not None and options.base is not None:
         base = _open(options.base, sample)
-        found["adapter"] = compare(load_adapter(base, options.folder / "adapter").eval(), sample)
+        found["adapter"] = compare(load_adapter(base, options.adapter).eval(), sample)
     print(json.dumps(found))
 
 
@@ -42,6 +45,7 @@ def _open(folder: Path, sample: ModelSample) -> PreTrainedModel:
         dtype=getattr(torch, sample.dtype),
         local_files_only=True,
         use_safetensors=True,
+        trust_remote_code=False,
         attn_implementation="eager",
     )
     return model.to(sample.device if torch.cuda.is_available() else "cpu").eval()

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from repair.evidence.report import write_report
+from repair.jobs.store import process_started
 from repair.models.hooks import apply_updates, count_hooks
 from repair.models.loading import LoadedModel, load_model
 from repair.models.tokens import encode
@@ -28,10 +33,12 @@ from repair.publish.export import (
     write_export,
 )
 from repair.publish.manifest import check_manifest, tensor_hashes, write_manifest
+from repair.publish.sample import SAMPLE
 from repair.records import LowRankUpdate, RepairError
 from tests.evidence.test_report import make_report
 from tests.tiny import make_tiny_llama
 
+ROOT = Path(__file__).resolve().parents[2]
 CHOSEN = {
     "model.layers.0.mlp.gate_proj": 3,
     "model.layers.1.self_attn.q_proj": 1,
@@ -357,4 +364,50 @@ def test_a_weight_beyond_the_file_s_range_is_refused(tmp_path: Path) -> None:
 def test_an_export_that_cannot_be_opened_is_our_bug_with_its_reason(copied: Path) -> None:
     (copied / "merged" / "config.json").write_text("{}")
     with pytest.raises(RuntimeError, match="could not be reopened"):
-        reopen_in_fresh_process(copied, base=None)
+        reopen_in_fresh_process(
+            copied / SAMPLE, merged=copied / "merged", adapter=None, base=None
+        )
+
+
+def test_what_is_opened_again_is_the_copy_that_passed_the_gate(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of anybody's is never loaded itself: keys that the gate strips would come back."""
+    opened: list[Path] = []
+
+    def spy(sample: Path, **folders: Path | None) -> dict:
+        opened.extend(path for path in folders.values() if path is not None)
+        for path in folders.values():
+            assert path is None or path.is_dir()
+        return {}
+
+    config = copied / "merged" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"A": "b.C"}}))
+    manifest = json.loads((copied / "manifest.json").read_text())
+    write_manifest(
+        copied, changed_tensors=manifest["changed_tensors"], num_tensors=manifest["num_tensors"]
+    )
+    monkeypatch.setattr("repair.publish.export.reopen_in_fresh_process", spy)
+    verify_export(copied, base=copied / "merged")
+    assert len(opened) == 3 and not any(path.is_relative_to(copied) for path in opened)
+
+
+def test_the_process_that_opens_an_export_dies_with_its_job(tmp_path: Path) -> None:
+    """Case 28: the kernel's word is not inherited, so that a grandchild has to ask for it too."""
+    os.mkfifo(tmp_path / "sample")  # reading it takes for ever
+    script = (
+        "import sys; from pathlib import Path;"
+        "from repair.publish.export import reopen_in_fresh_process;"
+        "reopen_in_fresh_process(Path(sys.argv[1]), merged=None, adapter=None, base=None)"
+    )
+    job = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "sample")], cwd=ROOT)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    end = time.monotonic() + 60
+    while not (found := children.read_text().split()):
+        assert job.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    while process_started(int(found[0])) is not None:
+        assert time.monotonic() < end, "it outlived its job"
+        time.sleep(0.05)
