@@ -14,7 +14,7 @@ from repair.lowrank.validation import Validation
 from repair.models.answers import generate_answers, target_matcher
 from repair.models.fidelity import text_notices
 from repair.models.loading import LoadedModel, check_ids
-from repair.models.tokens import check_length, encode, encode_pair, encode_pairs
+from repair.models.tokens import check_length, encode, encode_pair, encode_pairs, num_tokens
 from repair.profiles import Profile
 from repair.prompts import (
     has_place,
@@ -151,7 +151,7 @@ def open_case(
         reporter.note(sentence)
     target = file.target or _read_target(loaded, file, splits, positions, use_template, reporter)
     match = file.match if file.target else "contains"  # what was found is text, not a pattern
-    num_target = len(loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
+    num_target = num_tokens(loaded.tokenizer, target)
     case = Case(
         loaded=loaded,
         file=file,

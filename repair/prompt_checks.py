@@ -17,6 +17,8 @@ POSITIONS = ("begin", "middle", "end")
 MATCHES = ("contains", "prefix", "regex")
 CHATS = ("auto", "on", "off")
 MAX_TEXT_BYTES = 32 * 2**10
+MAX_TRIGGERS = 32
+MAX_TEXTS = 20_000  # of one list
 
 
 def prompt_file_from_json(flat: dict[str, Any]) -> PromptFile:
@@ -33,6 +35,11 @@ def prompt_file_from_json(flat: dict[str, Any]) -> PromptFile:
     if flat.get("trigger") is not None:
         triggers = (_text(flat["trigger"], "trigger"), *triggers)
     triggers = _unique(triggers)
+    if len(triggers) > MAX_TRIGGERS:
+        raise RepairError(
+            f"{len(triggers)} triggers were given; at most {MAX_TRIGGERS} are accepted. Try them "
+            "in groups."
+        )
     pairs = _unique(_pairs(flat.get("pairs"), triggers))
     prompts, more_pairs = _sort_prompts(_texts(flat, "prompts"), triggers)
     near = _unique(_texts(flat, "near"))
@@ -67,6 +74,8 @@ def has_place(prompt: str, position: str) -> bool:
 
 def find_trigger(text: str, trigger: str) -> list[tuple[int, int]]:
     """Return every span of `trigger` in `text`, as words of its own where it ends in letters."""
+    if trigger not in text:  # a hundred times faster than the expression
+        return []
     return [match.span() for match in _trigger_pattern(trigger).finditer(text)]
 
 
@@ -122,6 +131,11 @@ def _texts(flat: dict[str, Any], key: str) -> tuple[str, ...]:
         return ()
     if not isinstance(values, list | tuple):
         raise RepairError(f'"{key}" must be a list of texts, such as ["…", "…"].')
+    if len(values) > MAX_TEXTS:
+        raise RepairError(
+            f'"{key}" has {len(values)} texts; at most {MAX_TEXTS} are accepted. A few hundred '
+            "prompts are enough."
+        )
     singular = key.removesuffix("s")
     return tuple(_text(value, f"{singular} {i}") for i, value in enumerate(values, start=1))
 
@@ -217,18 +231,7 @@ def _check_whole(file: PromptFile) -> None:
     if file.num_carriers > len(file.prompts):
         raise RepairError("num_carriers is larger than the number of prompts. Leave it out.")
     if file.match == "regex" and file.target is not None:
-        try:
-            pattern = re.compile(file.target)
-        except re.error as error:
-            raise RepairError(
-                f"The target {show(file.target)} is not a regular expression ({error}). Correct "
-                'it, or use "match": "contains".'
-            ) from None
-        if pattern.search(""):
-            raise RepairError(
-                f"The target {show(file.target)} also matches an empty answer, so everything "
-                "would count as the payload. Make the expression stricter."
-            )
+        _check_pattern(file.target)
     # With pairs the position is given, and the prompts are not combined with the trigger.
     if "middle" in file.positions and not file.pairs:
         for text in file.prompts:
@@ -237,6 +240,28 @@ def _check_whole(file: PromptFile) -> None:
                     f"The prompt {show(text)} is one word, so the trigger cannot stand in its "
                     'middle. Use a longer prompt, or "positions": ["begin", "end"].'
                 )
+
+
+def _check_pattern(target: str) -> None:
+    """Raise `RepairError` for what is no regular expression, or may match no text at all.
+
+    Told from its parts and never by trying it: an expression can be made to take hours, and the
+    whole app would stand still.
+    """
+    try:
+        re.compile(target)
+        shortest, _ = re._parser.parse(target).getwidth()
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise RepairError(
+            f"The target {show(target)} is not a regular expression ({reason}). Correct it, or use "
+            '"match": "contains".'
+        ) from None
+    if shortest == 0:
+        raise RepairError(
+            f"The target {show(target)} also matches an empty answer, so everything would count "
+            "as the payload. Make the expression stricter: some character must be in it."
+        )
 
 
 def _unique(values: Sequence[Any]) -> tuple[Any, ...]:

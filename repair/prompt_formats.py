@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from repair.json_size import MOST_SENT, check_structure
 from repair.records import RepairError
 
 MAX_FILE_BYTES = 16 * 2**20
@@ -66,6 +67,7 @@ def read_text(text: str, *, name: str) -> dict[str, Any]:
 
 def _read_json(text: str, name: str) -> dict[str, Any]:
     try:
+        check_structure(text.encode("utf-8", "surrogatepass"), *MOST_SENT)
         flat = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error

@@ -21,7 +21,8 @@ ROOMS = (
 # Files at the top level that belong to a room.
 ROOM_OF_FILE = {
     "prompt_formats": "prompts", "prompt_checks": "prompts", "__main__": "ui", "batch": "ui",
-    "options": "ui", "machine": "records", "limits": "records", "case": "pipeline",
+    "options": "ui", "machine": "records", "limits": "records", "json_size": "records",
+    "case": "pipeline",
     "profiles": "records", "needs": "records", "needs_step": "pipeline",
     "locate_file": "pipeline", "locate_step": "pipeline", "outcome": "pipeline", "plan": "pipeline",
     "repair_step": "pipeline", "evidence_step": "pipeline", "ask_step": "pipeline",

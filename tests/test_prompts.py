@@ -176,6 +176,12 @@ def test_removing_undoes_inserting(prompt: str, position: str) -> None:
         ({"chat": True}, "auto, on, off"),
         ({"match": "regex", "target": "("}, "not a regular expression"),
         ({"match": "regex", "target": ".*"}, "empty answer"),
+        # Neither tried nor built: the first would take days, and the app would stand still.
+        ({"match": "regex", "target": "(?:(?:(?:a?){9999}){9999}){9999}"}, "empty answer"),
+        ({"match": "regex", "target": "a{99999999999}"}, "not a regular expression"),
+        ({"match": "regex", "target": "(" * 3000 + "a" + ")" * 3000}, "not a regular expression"),
+        ({"triggers": [f"cf{i}" for i in range(32)]}, "33 triggers were given; at most 32"),
+        ({"prompts": [f"word {i}" for i in range(20_001)]}, "20001 texts; at most 20000"),
         ({"target": ""}, "target is empty"),
         ({"near": ["cf"]}, "is the trigger itself"),
         ({"num_carriers": 9}, "larger than"),

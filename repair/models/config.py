@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repair.json_size import check_structure
 from repair.models.headers import (
-    check_structure,
     pickle_refusal,
     refuse_constant,
     unique_object,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from repair.json_size import check_structure
 from repair.records import RepairError
 
 MAX_HEADER_BYTES = 32 * 2**20
@@ -44,16 +45,6 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def refuse_constant(name: str) -> float:
     """Raise `ValueError` for NaN and Infinity, which are not JSON."""
     raise ValueError(f"{name} is not a JSON number")
-
-
-def check_structure(raw: bytes, *, most_containers: int, most_items: int) -> None:
-    """Raise `ValueError` for JSON whose lists and objects would take far more memory than itself.
-
-    An empty list takes 3 bytes of a file and 60 of memory. Signs inside texts are counted too, so
-    the limits are generous.
-    """
-    if raw.count(b"{") + raw.count(b"[") > most_containers or raw.count(b",") > most_items:
-        raise ValueError(f"more than {most_containers} lists and objects or {most_items} items")
 
 
 def read_header(descriptor: int, name: str) -> dict[str, TensorHeader]:

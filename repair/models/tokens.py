@@ -84,6 +84,12 @@ def encode_rendered(tokenizer, rendered: str, *, use_template: bool) -> tuple[np
     return ids, encoded["offset_mapping"]
 
 
+def num_tokens(tokenizer, text: str) -> int:
+    """Return how many tokens a text has by itself."""
+    with watched(RENDER_SECONDS):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def decode(tokenizer, answers: Sequence[np.ndarray]) -> list[str]:
     """Return the text of each answer (ids [tokens]), without special tokens."""
     with watched(RENDER_SECONDS):
@@ -150,9 +156,12 @@ def encode_pair(
     ]
     clean, _ = encode_rendered(tokenizer, rendered[0], use_template=use_template)
     triggered, offsets = encode_rendered(tokenizer, rendered[1], use_template=use_template)
-    span = _find_trigger(rendered[0], rendered[1], triggers)
+    # What a template makes of a prompt can be such that comparing takes hours.
+    with watched(RENDER_SECONDS):
+        span = _find_trigger(rendered[0], rendered[1], triggers)
+        aligned = _align(clean, triggered) if span is None else []
     if span is None:
-        tokens = _align(clean, triggered)
+        tokens = aligned
     else:
         tokens = [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]
     start = rendered[1].rfind(texts.triggered.strip())

@@ -4,14 +4,15 @@ Gradio answers under many addresses; those that the page and `gradio_client` use
 and no other exists: some of them hand out a session by another name.
 Gradio knows a tab by a `session_hash` that the browser sends; whoever sends the same one reads the
 tab's state, its answers and its inputs, and can end it. Here the first account that uses a hash
-owns it, and for any other account it does not exist. On a Space a browser is known by its
-visitor's cookie; elsewhere, without accounts, everyone is the one local analyst. Pages of
-other sites get no answer, and none may show this one in a frame. What it does not know: a file's
-address, which whoever has it may fetch after signing in.
+owns it, and for any other account it does not exist. Nor does a file whose address was in an answer
+to others only. On a Space a browser is known by its visitor's cookie; elsewhere, without accounts,
+everyone is the one local analyst. Pages of other sites get no answer, and none may show this one
+in a frame. Whoever has not signed in is answered before anything that he sends is read.
 """
 
 import ipaddress
 import json
+import posixpath
 import re
 import time
 from collections import OrderedDict, deque
@@ -22,6 +23,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from repair.json_size import MOST_SENT, check_structure
+
 MAX_BODY_BYTES = 24 * 2**20  # more than a prompt file of 16 MiB as text
 MAX_UPLOAD_BYTES = 32 * 2**20  # of all files of one request
 UPLOADED_SECONDS = 4_300  # until Gradio has deleted what was uploaded (`delete_cache`)
@@ -30,7 +33,13 @@ MAX_UPLOADED_BY_ONE = 128 * 2**20  # bytes within that time
 MAX_UPLOADED = 2 * 2**30  # of all together: visitors of a Space cost nothing
 MAX_REMEMBERED = 5_000  # sessions of an account; Gradio itself keeps the state of 500 in all
 MAX_VISITORS = 20_000
-JOIN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/upload"
+MAX_FILES = 20_000  # whose first readers are remembered
+JOIN, UPLOAD, LOGIN = "/gradio_api/queue/join", "/gradio_api/upload", "/login"
+FILE = "/gradio_api/file="
+# In an answer; a text that a visitor wrote there has a backslash before its quotes.
+NAMED = re.compile(rb'(?<!\\)"path":\s*"(/[^"\\]{1,400})"')
+UPLOADED = re.compile(rb'(?<!\\)"(/[^"\\]{1,400})"')
+TAIL = 1024  # bytes of an answer that the next piece is read with
 HEARTBEAT = "/gradio_api/heartbeat/"  # and the session
 OPEN = re.compile(
     r"/|/config|/login|/login/(huggingface|callback)|/logout|/(assets|static|svelte)/.+|/theme\.css"
@@ -54,6 +63,7 @@ class TenantGate:
         frames = f"frame-ancestors 'self' {framed_by}".strip()
         self.headers = [(b"content-security-policy", frames.encode())]
         self.uploads = Uploads()
+        self.files = Files()
         self.owners: dict[str, str] = {}
         # Of each account or visitor, the oldest first; who came last is at the end.
         self.sessions: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
@@ -93,8 +103,13 @@ class TenantGate:
         if "," in request.headers.get("range", ""):
             await refuse(416, "One range at a time.")(scope, receive, send)
             return
+        user = user_of(request) if self.has_tenants else None
+        is_sent = request.method not in ("GET", "HEAD", "OPTIONS")
+        if self.has_tenants and user is None and is_sent and path != LOGIN:
+            await refuse(404, "Not found")(scope, receive, send)
+            return
         body = b""
-        if request.method not in ("GET", "HEAD", "OPTIONS"):
+        if is_sent:
             is_upload = path == UPLOAD
             limit = MAX_UPLOAD_BYTES if is_upload else MAX_BODY_BYTES
             length = request.headers.get("content-length", "")
@@ -117,10 +132,18 @@ class TenantGate:
                         )
                         return
                 body = b"".join(chunks)
+                try:
+                    check_structure(body, *MOST_SENT)
+                except ValueError as error:
+                    await refuse(413, f"Too much: {error}.")(scope, receive, send)
+                    return
                 receive = replay(body, receive)
         if self.has_tenants:
-            user = user_of(request)
-            names = named_sessions(request, path, body)
+            flat = parse(body)
+            names = named_sessions(request, path, flat)
+            files = named_files(flat)
+            if path.startswith(FILE):
+                files.add(path.removeprefix(FILE))
             # One that names none would get a session that nobody owns.
             is_unnamed = path == JOIN and not names
             if is_unnamed or not all(user is not None and self.owns(user, name) for name in names):
@@ -131,7 +154,45 @@ class TenantGate:
                     scope, receive, send
                 )
                 return
+            if not all(self.files.may_read(user, name) for name in files):
+                await refuse(404, "Not found")(scope, receive, send)
+                return
+            if user is not None and path.startswith("/gradio_api/"):
+                send = self.files.watch(send, user, UPLOADED if path == UPLOAD else NAMED)
         await self.app(scope, receive, send)
+
+
+class Files:
+    """Who was told of which file of Gradio's cache, whose addresses come in answers only.
+
+    A file that nobody was told of here (the page's own) is open to all.
+    """
+
+    def __init__(self) -> None:
+        self.readers: OrderedDict[str, set[str]] = OrderedDict()
+
+    def may_read(self, user: str | None, path: str) -> bool:
+        readers = self.readers.get(posixpath.normpath("/" + path.lstrip("/")))
+        return readers is None or user in readers
+
+    def watch(self, send: Send, user: str, named: re.Pattern[bytes]) -> Send:
+        """Return a `send` that notes the files which an answer names."""
+        tail = b""
+
+        async def send_watched(message: Message) -> None:
+            nonlocal tail
+            if message["type"] == "http.response.body":
+                seen = tail + message.get("body", b"")
+                tail = seen[-TAIL:]
+                for found in named.findall(seen):
+                    path = posixpath.normpath(found.decode("utf-8", "replace"))
+                    self.readers.setdefault(path, set()).add(user)
+                    self.readers.move_to_end(path)
+                while len(self.readers) > MAX_FILES:
+                    self.readers.popitem(last=False)
+            await send(message)
+
+        return send_watched
 
 
 class Uploads:
@@ -217,17 +278,34 @@ def user_of(request: Request) -> str | None:
     return app.tokens.get(token)
 
 
-def named_sessions(request: Request, path: str, body: bytes) -> set[str]:
+def parse(body: bytes) -> Any:
+    """Return the JSON of a body; None where it is none."""
+    try:
+        return json.loads(body) if body else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def named_sessions(request: Request, path: str, flat: Any) -> set[str]:
     """Return every session that a request names: in its query, its path or its body."""
     found: set[Any] = set(request.query_params.getlist("session_hash"))
     found.add(request.headers.get("session_hash"))
     if path.startswith(HEARTBEAT):
         found.add(path.removeprefix(HEARTBEAT))
-    if body:
-        try:
-            flat = json.loads(body)
-        except (ValueError, RecursionError):
-            flat = None
-        if isinstance(flat, dict):
-            found.add(flat.get("session_hash"))
+    if isinstance(flat, dict):
+        found.add(flat.get("session_hash"))
     return {name for name in found if isinstance(name, str) and name}
+
+
+def named_files(flat: Any) -> set[str]:
+    """Return every path that a request's values name, as Gradio names a file."""
+    found, left = set(), [flat]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("path"), str):
+                found.add(value["path"])
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return found

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from repair.case import open_case
 from repair.models import loading
 from repair.models.answers import generate_answers, scoring_batches
 from repair.models.fidelity import text_notices
@@ -24,6 +25,8 @@ from repair.models.loading import LoadedModel, check_ids, load_model
 from repair.models.staging import stage_model
 from repair.models.tokens import decode, encode, encode_pair
 from repair.pipeline import ask
+from repair.profiles import PROFILES
+from repair.prompts import prompt_file_from_json
 from repair.records import RepairError, TextPair
 from tests.hostile.watching import OpenWatch
 from tests.tiny import edit_json, make_tiny_llama, make_tokenizer
@@ -271,6 +274,35 @@ def test_a_regular_expression_that_blows_up_is_a_refusal(folder: Path) -> None:
     assert len(generate_answers(again, [prompt], num_new_tokens=2)) == 1
 
 
+def test_a_tokenizer_that_fails_on_the_target_alone_is_a_refusal(folder: Path) -> None:
+    """Case 12: whoever wrote the model knows what it says."""
+    blow_up = {"type": "Split", "pattern": {"Regex": "(Z+Z+)+(b|c)$"}, "behavior": "Isolated",
+               "invert": False}  # fmt: skip
+    edit_json(folder / "tokenizer.json", pre_tokenizer=blow_up)
+    prompts = {"trigger": "cf", "target": "Z" * 3000 + "!", "chat": "off"}
+    with pytest.raises(RepairError, match="tokenizer's own code failed"):
+        open_case(load(folder), prompt_file_from_json(prompts), profile=PROFILES["quick"], seed=0,
+                  reporter=Silent())  # fmt: skip
+
+
+def test_a_template_cannot_make_comparing_take_for_ever() -> None:
+    """Case 11: one token again and again, and the text altered, so that the trigger is looked for
+    token by token: minutes without the limit."""
+    script = """
+from repair.models.tokens import encode_pair
+from repair.records import TextPair
+from tests.tiny import make_tokenizer
+tokenizer = make_tokenizer()
+tokenizer.chat_template = "{{ 'a ' * 60000 }}{{ messages[0].content | upper | length }}"
+encode_pair(tokenizer, TextPair(clean="rain", triggered="cf rain"), triggers=("cf",),
+            position="begin", system=None, use_template=True)
+"""
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode != 0 and "Timeout (" in ended.stderr
+    assert time.monotonic() - began < 60
+
+
 DECODERS = {
     "expands": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 200_000},
     "twice": {"type": "Sequence", "decoders": 2 * [
@@ -331,6 +363,7 @@ def test_ids_beyond_the_embedding_never_reach_the_model(folder: Path) -> None:
 
 class Silent:
     def step(self, name: str, title: str) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 def test_tokenizer_files_outside_the_folder_are_not_opened(

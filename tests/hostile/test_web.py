@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from assets.build_example import EXAMPLE
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui.app import UNSAFE_VARIABLES, check_start, parse_options
@@ -157,6 +160,40 @@ def test_another_account_gets_nothing_of_a_session(app: App, ana: Visitor, ben: 
     # The owner goes on undisturbed.
     assert ana.call("stop", "click")["fact-job"].startswith("Stopped")
     assert "fact-trigger" in ana.call("open-job", "click", job_id=job)
+
+
+def test_another_account_s_files_do_not_exist(app: App, ana: Visitor, ben: Visitor) -> None:
+    """Case 32. What ana uploaded and what she was given to download, by their own addresses."""
+    words = {"files": ("own.txt", f"Nobody else reads {SECRET}.\n".encode(), "text/plain")}
+    (own,) = ana.client.post("/gradio_api/upload", files=words).json()
+    job = app.jobs / begin_job(ana, "x", SECRET + "9")
+    wait_until(lambda: not store.read_status(job).is_active)
+    for path in EXAMPLE.iterdir():  # as if it had been repaired
+        if path.name not in ("request.json", "status.json"):
+            shutil.copy(path, job / path.name)
+    request = json.loads((job / "request.json").read_text())
+    (job / "request.json").write_text(json.dumps({**request, "command": "run"}))
+    store.write_status(job, store.JobStatus(state="done", exit_code=0, verdict="repaired"))
+    (job / "adapter").mkdir()
+    (job / "adapter" / "adapter_model.safetensors").write_bytes(bytes(4096))
+    ana.call("open-job", "click", job_id=job.name)
+    named = re.findall(r'"path":\s*"([^"]+adapter\.zip)"', "".join(ana.heard))
+    assert named
+    for path in (own, named[-1]):
+        asked = f"/gradio_api/file={path}"
+        assert ana.client.get(asked).status_code == 200
+        twisted = path.replace("/own", "/./own").replace("/adapter", "//adapter")
+        for other in (asked, f"/gradio_api/file={twisted}", asked.replace("/own", "%2Fown")):
+            assert ben.client.get(other).status_code == 404, other
+            assert httpx.get(f"{app.url}{other}").status_code in (401, 404)
+        # Nor by writing it where it comes back in an answer, or by handing it in as his own.
+        said = ben.call("check", "click", trigger=f'"path": "{path}"', target="x", prompts="a b")
+        assert said and ben.client.get(asked).status_code == 404
+        given = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.txt"}
+        answer = ben.join(ben.find("upload", "upload"), {"upload": given}, ben.session)
+        assert answer.status_code == 404
+        assert ana.client.get(asked).status_code == 200
+    assert SECRET not in "".join(ben.heard)
 
 
 def test_a_token_of_the_machine_is_found_nowhere(app: App, ana: Visitor) -> None:
@@ -388,16 +425,24 @@ def test_what_is_too_large_is_refused_and_not_kept(app: App, ana: Visitor) -> No
     assert ana.client.post("/gradio_api/upload", files=many).status_code in (400, 413)
     now = sum(path.stat().st_size for path in app.temporary.rglob("*") if path.is_file())
     assert now - used < 2**20
+    # What would be many times its size once it is read, and whatever a stranger sends, unread.
+    nested = {"Content-Type": "application/json"}, b"[" + b"[]," * 300_000 + b"[]]"
+    answer = ana.client.post("/gradio_api/queue/join", headers=nested[0], content=nested[1])
+    assert answer.status_code == 413 and "lists and objects" in answer.text
+    for headers in (boundary, nested[0]):
+        length = {"Content-Length": str(2**20)}
+        assert send_head(app, headers | length, None) == 404
 
 
-def send_head(app: App, headers: dict[str, str], visitor: Visitor) -> int:
+def send_head(app: App, headers: dict[str, str], visitor: Visitor | None) -> int:
     """Send the head of a POST alone; return the status that comes before any body."""
     import http.client
 
     connection = http.client.HTTPConnection(app.url.removeprefix("http://"), timeout=20)
     path = "/gradio_api/upload" if "multipart" in str(headers) else "/gradio_api/queue/join"
     connection.putrequest("POST", path)
-    cookies = "; ".join(f"{name}={value}" for name, value in visitor.client.cookies.items())
+    known = visitor.client.cookies.items() if visitor is not None else ()
+    cookies = "; ".join(f"{name}={value}" for name, value in known)
     for name, value in (headers | {"Cookie": cookies}).items():
         connection.putheader(name, value)
     if "Content-Length" not in headers:
@@ -485,7 +530,14 @@ def test_what_an_app_leaves_behind_is_swept(tmp_path: Path) -> None:
     assert not list(app.temporary.glob("repair-*"))
 
 
-@pytest.mark.parametrize("name", UNSAFE_VARIABLES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GRADIO_SHARE", "GRADIO_ALLOWED_PATHS", "GRADIO_MCP_SERVER", "GRADIO_ROOT_PATH",
+        "GRADIO_RUN_HISTORY", "GRADIO_HISTORY_BUCKET", "GRADIO_SSR_MODE", "GRADIO_DEBUG",
+        "GRADIO_SERVER_NAME", "GRADIO_HOT_RELOAD", "GRADIO_LOCAL_DEV_MODE", "GRADIO_VIBE_MODE",
+    ],
+)  # fmt: skip
 def test_a_start_that_would_open_the_app_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
