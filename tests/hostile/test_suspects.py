@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -124,16 +125,20 @@ def test_weights_outside_the_folder_are_not_opened(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     (folder / "model-00001-of-00001.safetensors").write_bytes(b"")
-    with pytest.raises(RepairError, match="points outside the model folder"):
+    with pytest.raises(RepairError, match="points outside the model folder") as caught:
         load(folder)
+    assert name[-24:] in str(caught.value)
     assert watch.opened() == []
 
 
+@pytest.mark.parametrize("where", ["a folder", "the Hub"])
 def test_a_base_named_by_an_adapter_is_not_opened(
-    folder: Path, tmp_path: Path, watch: OpenWatch
+    folder: Path, tmp_path: Path, watch: OpenWatch, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Case 4. peft#3085, transformers#46482: neither the base nor the module is looked for."""
-    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "other"),
+    monkeypatch.setattr(socket.socket, "connect", lambda *given: pytest.fail("it called somebody"))
+    base = str(tmp_path / "other") if where == "a folder" else "acme/other"
+    settings = {"peft_type": "LORA", "base_model_name_or_path": base,
                 "megatron_core": "antigravity", "r": 1, "target_modules": ["q_proj"],
                 "auto_mapping": {"parent_library": "antigravity"}}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(settings))

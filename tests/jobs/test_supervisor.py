@@ -140,6 +140,7 @@ def test_a_crash_is_a_failure_in_one_clear_sentence(lane, target, words):
     folder, status = run_to_end(lane, target)
     assert (status.state, status.exit_code) == ("failed", 5)
     assert words in status.message and str(folder / "log.txt") in status.message
+    assert run_to_end(lane, "nothing")[1].exit_code == 3  # The next one finds everything whole.
 
 
 def test_stop_ends_the_worker_and_its_children_at_once(lane):

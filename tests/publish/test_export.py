@@ -1,6 +1,7 @@
 """What is written is what was measured, and every other weight is the suspect's own, bit by bit."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -359,6 +360,26 @@ def test_a_weight_beyond_the_file_s_range_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RepairError, match="range"):
         export_merged(loaded, make_updates(loaded, size=1e6), tmp_path)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_full_disk_leaves_the_export_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case 29."""
+    source = make_tiny_llama(tmp_path / "model")
+    loaded = load_model(str(source), stage_folder=tmp_path / "stage", device="cpu")
+    export_merged(loaded, make_updates(loaded), tmp_path)
+    before = tensor_hashes(tmp_path / "merged")
+
+    def fill(tensors: dict, path: Path, **given: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("repair.publish.export.save_file", fill)
+    with pytest.raises(OSError, match="No space left"):
+        export_merged(loaded, make_updates(loaded, size=0.2), tmp_path)
+    assert tensor_hashes(tmp_path / "merged") == before
+    assert not list(tmp_path.glob(".partial*"))
 
 
 def test_an_export_that_cannot_be_opened_is_our_bug_with_its_reason(copied: Path) -> None:
