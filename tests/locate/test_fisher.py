@@ -42,7 +42,7 @@ def naive_factors(loaded: LoadedModel, path: str, prompts, answers, seed: int):
         kept = {}
 
         def keep(_module, args, out, kept=kept):
-            kept["x"] = args[0].detach()[0]
+            kept["x"] = args[0].detach().flatten(0, -2)
             out.retain_grad()
             kept["out"] = out
 
@@ -58,7 +58,7 @@ def naive_factors(loaded: LoadedModel, path: str, prompts, answers, seed: int):
             kept["out"].grad = None
             loss = (logprobs.gather(1, labels[:, None])[:, 0] * weights).sum()
             loss.backward(retain_graph=True)
-            for g in kept["out"].grad[0].double():
+            for g in kept["out"].grad.flatten(0, -2).double():
                 sum_out = sum_out + torch.outer(g, g) / DRAWS
         module.weight.grad = None
         module.weight.requires_grad_(False)

@@ -30,6 +30,7 @@ from repair.models.tokens import pad_right
 from repair.publish.export import export_adapter, export_merged
 from repair.records import LowRankUpdate, RepairError
 from tests.locate.material import make_cases, make_lesson, make_pairs, make_shams
+from tests.locate.test_fisher import DRAWS, naive_factors
 from tests.tiny import ARCHITECTURES as TINY
 from tests.tiny import build_tiny, edit_json, make_tokenizer
 
@@ -168,10 +169,20 @@ def test_gradients_and_factors_equal_autograd(tiny: LoadedModel) -> None:
         torch.testing.assert_close(
             found[ref.path].float(), expected, atol=1e-4 * max(scale, 1e-3), rtol=1e-3
         )
-    whole = collect_factors(tiny, tiny.modules, lesson.prompts, lesson.answers, seed=0)
+    whole = collect_factors(
+        tiny, tiny.modules, lesson.prompts, lesson.answers, seed=3, num_draws=DRAWS
+    )
     for ref in tiny.modules:
         assert whole[ref.path].gradient_covariance.shape == (ref.d_out, ref.d_out)
-        assert np.isfinite(whole[ref.path].activation_covariance).all()
+    for ref in [ref for ref in tiny.modules if ref.layer == 0]:
+        *expected, num_tokens = naive_factors(tiny, ref.path, lesson.prompts, lesson.answers, 3)
+        factors = whole[ref.path]
+        assert factors.num_tokens == num_tokens
+        for array, exact in zip(
+            (factors.activation_covariance, factors.gradient_covariance), expected, strict=True
+        ):
+            scale = exact.abs().max().item()
+            np.testing.assert_allclose(array, exact.numpy(), atol=1e-4 * scale, rtol=1e-3)
 
 
 def random_updates(tiny: LoadedModel) -> list[LowRankUpdate]:
