@@ -12,6 +12,7 @@ weights) and on the three bundled suspects. Prints one JSON object.
 
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from repair.locate import patching
 from repair.locate.counterfactuals import PatchingCase, sham_case
 from repair.locate.patching import patch_modules
-from repair.locate.screen import NUM_VERIFIED, TOP, estimate_modules, screen_modules
+from repair.locate.screen import TOP, estimate_modules, screen_modules
 from repair.models.loading import load_model
 from repair.models.modules import find_modules
 from repair.prompts import parse_prompt_file
@@ -34,6 +35,7 @@ from tests.bench.peers import HERE, ROOT, publish
 
 NUM_TOKENS, NUM_TRIGGER, START, VOCABULARY = 64, 4, 30, 4096
 DEPTHS, PAIRS = (6, 12, 24, 48), (8, 32, 128)
+ROUNDS = 3
 
 
 def build(num_layers: int) -> SimpleNamespace:
@@ -97,30 +99,35 @@ def measure_grid(num_layers: int, num_pairs: int) -> dict:
     }
 
 
-def top_found(exact: np.ndarray, estimate: np.ndarray) -> int:
-    """Return how many of the exact top ten are among the modules that would be verified."""
-    best = set(np.argsort(-exact.mean(axis=1))[:TOP].tolist())
-    verified = set(np.argsort(-estimate.mean(axis=1))[:NUM_VERIFIED].tolist())
-    return len(best & verified)
-
-
 def measure_screen() -> dict:
+    """The screen beside the exact grid on 32 layers of random weights: medians of three rounds."""
     loaded, cases = build(32), make_cases(16)
     patch_modules(loaded, cases, modules=loaded.modules[:1])  # warm up
-    exact_seconds, exact = timed(lambda: patch_modules(loaded, cases))
-    estimate_seconds, estimate = timed(lambda: estimate_modules(loaded, cases))
-    screen_seconds, screened = timed(lambda: screen_modules(loaded, cases, seed=0))
+    sides = {
+        "exact": lambda: patch_modules(loaded, cases),
+        "estimate": lambda: estimate_modules(loaded, cases),
+        "screen": lambda: screen_modules(loaded, cases, seed=0),
+    }
+    rounds = [{name: timed(side) for name, side in sides.items()} for _ in range(ROUNDS)]
+    seconds = {name: [done[name][0] for done in rounds] for name in sides}
+    exact, screened = rounds[0]["exact"][1], rounds[0]["screen"][1]
+    best = np.argsort(-exact.effect.mean(axis=1))[:TOP]
+    verified = {ref.path for ref in screened.verified}
     return {
         "num_layers": 32,
         "num_modules": len(loaded.modules),
-        "exact_seconds": exact_seconds,
-        "estimate_seconds": estimate_seconds,
-        "screen_seconds": screen_seconds,
-        "exact_over_estimate": exact_seconds / estimate_seconds,
-        "exact_over_screen": exact_seconds / screen_seconds,
-        "top_ten_found_random_weights": top_found(exact.effect, estimate["all"]),
+        "num_verified": len(verified),
+        "seconds": seconds,
+        "exact_over_estimate": ratio(seconds["exact"], seconds["estimate"]),
+        "exact_over_screen": ratio(seconds["exact"], seconds["screen"]),
+        "top_ten_found_random_weights": sum(loaded.modules[i].path in verified for i in best),
         "misses": screened.misses.to_json(),
     }
+
+
+def ratio(first: list[float], second: list[float]) -> float:
+    """Return the median over rounds of how many times longer the first took."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 def measure_suspects() -> dict:

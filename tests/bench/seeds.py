@@ -49,7 +49,14 @@ def repair(name: str, seed: int, out: Path) -> dict:
         "clean_agreement": report["after"] and report["after"].get("clean_agreement"),
         "method": plan.get("method_used"),
         "ranks": plan.get("ranks"),
+        "num_changed": sum(
+            plan["ranks"][module["path"]] * (module["d_in"] + module["d_out"])
+            for module in report["modules"]
+            if module["path"] in plan.get("ranks", {})
+        ),
         "validation_trigger_kl": plan.get("validation_trigger_kl"),
+        "validation_benign_kl": plan.get("validation_benign_kl"),
+        "predicted_kl": plan.get("predicted_kl"),
     }
     shutil.rmtree(folder)
     return found

@@ -1,6 +1,6 @@
 """Print the README's tables of repairs from the committed results.
 
-    python -m tests.bench.tables seeds|compare|evidence
+    python -m tests.bench.tables map|evidence|seeds|compare
 """
 
 import json
@@ -36,20 +36,45 @@ def total(rates: dict) -> str:
     return f"{count}/{sum(flat['total'] for flat in rates.values())}"
 
 
+def map_predicts() -> Iterator[str]:
+    found = json.loads((HERE / "results" / "map_predicts.json").read_text())["suspects"]
+    yield ("| backdoor | what the map says | trial repair (the score) | sham patching, all / "
+           "trigger's positions | phi | fires before | suggested set | 20 random sets, median "
+           "(range) | dearer |")  # fmt: skip
+    yield "|" + "---|" * 9
+    for name, run in found.items():
+        of = run["spearman"]
+        trigger = f"{of['effect_trigger']:.2f}" if "effect_trigger" in of else "-"
+        fires = [flat["fires"]["count"] for flat in run["random"]]
+        dearer = (
+            run[f"dearer_at_{whose}_trigger_kl"] for whose in ("the_suggestions", "their_own")
+        )
+        yield (
+            f"| {name} | {run['statement']} | **{of['score']:.2f}** | {of['effect']:.2f} / "
+            f"{trigger} | {of['curvature']:.2f} | {short(run['fires_before'])} | "
+            f"{rate(run['suggested_fires'])} | {statistics.median(fires):g}/"
+            f"{run['random'][0]['fires']['total']} ({min(fires)} to {max(fires)}) | "
+            f"{' / '.join(map(rate, dearer))} |"
+        )
+
+
 def seeds() -> Iterator[str]:
     found = json.loads((HERE / "results" / "seeds.json").read_text())["runs"]
     yield ("| backdoor, seed | verdict | attack success before | after | recovered | benign KL | "
-           "perplexity | seconds, of them repair | modules, total rank |")  # fmt: skip
-    yield "|" + "---|" * 9
+           "predicted by the Fisher, measured in repair | perplexity | seconds, of them repair | "
+           "modules, total rank, parameters |")  # fmt: skip
+    yield "|" + "---|" * 10
     for name, run in found.items():
         before, after = run["perplexity"]
         failed = ", ".join(gate["name"] for gate in run["failed_gates"])
         yield (
             f"| {name} | {run['verdict']}{f' ({failed})' if failed else ''} | "
             f"{by_position(run['before'])} | {by_position(run['after'] or {})} | "
-            f"{total(run['recovery'])} | {run['kl_from_original']:.1e} | {before:.4f} to "
-            f"{after:.4f} | {run['seconds']:.0f}, {run['seconds_by_step']['repair']:.0f} | "
-            f"{len(run['ranks'])}, {sum(run['ranks'].values())} |"
+            f"{by_position(run['recovery'])} | {run['kl_from_original']:.1e} | "
+            f"{nats(run.get('predicted_kl'))}, {nats(run.get('validation_benign_kl'))} | "
+            f"{before:.4f} to {after:.4f} | "
+            f"{run['seconds']:.0f}, {run['seconds_by_step']['repair']:.0f} | "
+            f"{len(run['ranks'])}, {sum(run['ranks'].values())}, {run.get('num_changed', '-')} |"
         )
 
 
@@ -142,8 +167,15 @@ def compare() -> Iterator[str]:
             f"{more:.0f} times its trigger KL (median); {few} of {len(fires)} leave as few "
             "payloads."
         )
+        trained = rows["suggested: distillation from nothing"]
+        yield (
+            f"The closed form takes {ours['seconds'] / trained['seconds']:.1%} of the time of "
+            f"distillation from nothing, {trained['setting']}."
+        )
         yield ""
 
 
+TABLES = {"map": map_predicts, "evidence": evidence, "seeds": seeds, "compare": compare}
+
 if __name__ == "__main__":
-    print("\n".join({"seeds": seeds, "compare": compare, "evidence": evidence}[sys.argv[1]]()))
+    print("\n".join(TABLES[sys.argv[1]]()))
