@@ -30,6 +30,7 @@ from repair.limits import (
     TEXT_SHARE,
     TRAINING_TOKENS,
 )
+from repair.machine import has_bfloat16
 from repair.profiles import PROFILES
 from repair.records import RepairError
 
@@ -230,6 +231,8 @@ def loaded_dtype(config: Mapping[str, Any], wanted: str, *, on_gpu: bool) -> str
     """Return the precision that the weights will be loaded in."""
     chosen = stored_dtype(config) if wanted == "auto" else wanted
     if chosen not in ITEMSIZE or (chosen == "float16" and not on_gpu):
+        return "float32"
+    if chosen == "bfloat16" and wanted == "auto" and not on_gpu and not has_bfloat16():
         return "float32"
     return chosen
 

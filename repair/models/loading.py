@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from repair.machine import free_memory
+from repair.machine import free_memory, has_bfloat16
 from repair.models.adapter_suspect import adapter_hashes, is_adapter, merge_adapter
 from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
 from repair.models.download import Fetched
@@ -33,6 +33,11 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+AS_FLOAT32 = (
+    "The weights are bfloat16 and are computed as float32, which holds them exactly: this "
+    "processor only imitates bfloat16 and would take many times as long. An export is bfloat16 "
+    "again. (--dtype bfloat16 halves the memory.)"
+)
 _ACCEPTED = (
     "Give a model folder, a Hub id OWNER/NAME, or demo:begin, demo:middle, demo:end, demo:clean."
 )
@@ -110,6 +115,8 @@ def load_model(
         if origin is not None:
             _check_listed(files, origin)
         compute_dtype = _choose_dtype(dtype, stored=staged.dtype, device=chosen_device)
+        if (staged.dtype, compute_dtype, dtype) == ("bfloat16", "float32", "auto"):
+            staged = replace(staged, findings=(*staged.findings, AS_FLOAT32))
         check(staged, compute_dtype, chosen_device)
         model = _load_weights(staged, dtype=compute_dtype, device=chosen_device)
         not_finite = _not_finite(model)
@@ -236,8 +243,10 @@ def _choose_device(device: str) -> str:
 
 def _choose_dtype(dtype: str, *, stored: str, device: str) -> str:
     chosen = stored if dtype == "auto" else dtype
-    # The CPU kernels for float16 are slow and lose range; float32 holds every float16 exactly.
-    return "float32" if device == "cpu" and chosen == "float16" else chosen
+    # The CPU kernels for float16 are slow and lose range, and most CPUs only imitate bfloat16;
+    # float32 holds every value of both exactly.
+    is_slow = chosen == "float16" or (chosen, dtype) == ("bfloat16", "auto") and not has_bfloat16()
+    return "float32" if device == "cpu" and is_slow else chosen
 
 
 def _load_weights(staged: StagedModel, *, dtype: str, device: str) -> PreTrainedModel:

@@ -392,7 +392,9 @@ def test_kept_updates_come_back_bit_equal(tiny_llama: LoadedModel, tmp_path: Pat
 
 def test_weights_of_16_bits_are_trained_in_32(tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path / "half", dtype=torch.bfloat16)
-    loaded = load_model(str(folder), stage_folder=tmp_path / "stage", device="cpu")
+    loaded = load_model(
+        str(folder), stage_folder=tmp_path / "stage", device="cpu", dtype="bfloat16"
+    )
     assert loaded.dtype == "bfloat16"
     updates = random_updates(loaded, places=UPPER)
     with attached(loaded, updates) as peft_model:

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from repair import needs
 from repair.models import loading
 from repair.models.loading import LoadedModel, check_ids, load_model, resolve_source
 from repair.models.modules import find_modules, get_module, num_layers
@@ -60,8 +61,11 @@ def digest(tensor: torch.Tensor) -> str:
     ],
     ids=["float32", "bfloat16", "tied", "sharded", "mistral", "qwen2", "qwen3"],
 )
-def test_every_loaded_tensor_is_the_files_own(tmp_path: Path, options: dict) -> None:
+def test_every_loaded_tensor_is_the_files_own(
+    tmp_path: Path, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Case 14."""
+    monkeypatch.setattr(loading, "has_bfloat16", lambda: True)
     folder = make_tiny_llama(tmp_path / "model", **options)
     loaded = load(folder)
     stored = stored_tensors(folder)
@@ -104,6 +108,28 @@ def test_float16_is_computed_as_float32_on_the_cpu(tmp_path: Path) -> None:
     assert (loaded.staged.dtype, loaded.dtype) == ("float16", "float32")
     weight = stored_tensors(folder)["model.norm.weight"]
     assert torch.equal(loaded.model.model.norm.weight, weight.float())
+
+
+def test_bfloat16_is_computed_as_float32_where_the_cpu_only_imitates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said, not asked for, and never against what was asked for."""
+    folder = make_tiny_llama(tmp_path / "model", dtype=torch.bfloat16)
+    for has_it, dtype, expected in (
+        (False, "auto", "float32"), (True, "auto", "bfloat16"), (False, "bfloat16", "bfloat16"),
+    ):  # fmt: skip
+        monkeypatch.setattr(loading, "has_bfloat16", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(needs, "has_bfloat16", lambda has_it=has_it: has_it)
+        loaded = load_model(
+            str(folder), stage_folder=tmp_path / f"stage-{has_it}-{dtype}", device="cpu",
+            dtype=dtype,
+        )  # fmt: skip
+        assert (loaded.staged.dtype, loaded.dtype) == ("bfloat16", expected)
+        is_said = loading.AS_FLOAT32 in loaded.staged.findings
+        assert is_said == (expected == "float32")
+        assert needs.loaded_dtype({"dtype": "bfloat16"}, dtype, on_gpu=False) == expected
+        weight = stored_tensors(folder)["model.norm.weight"]
+        assert torch.equal(loaded.model.model.norm.weight.float(), weight.float())
 
 
 def test_no_template_and_no_pad_token(tmp_path: Path) -> None:

@@ -142,10 +142,15 @@ def test_only_the_selected_tensors_change(tiny_llama: LoadedModel, output: Path)
     assert manifest["num_unchanged_tensors"] == len(after) - len(changed)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_shards_and_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [(torch.bfloat16, "bfloat16"), (torch.bfloat16, "float32"), (torch.float16, "float32")],
+)
+def test_shards_and_dtypes_are_kept(dtype: torch.dtype, computed: str, tmp_path: Path) -> None:
     source = make_tiny_llama(tmp_path / "model", dtype=dtype, max_shard_size="40KB")
-    loaded = load_model(str(source), stage_folder=tmp_path / "stage", device="cpu")
+    loaded = load_model(
+        str(source), stage_folder=tmp_path / "stage", device="cpu", dtype=computed
+    )
     updates = make_updates(loaded)
     exported = write_export(
         loaded,
