@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,7 @@ from tests.jobs.stand_in import build_checkout
 ANA, BEN = ("ana", "a long password of ana"), ("ben", "a long password of ben")
 CANARY = "hf_canaryTOKENcanaryTOKENcanary"
 SECRET = "zebra-of-ana-"  # the trigger that only ana may see
+ROOT = Path(__file__).resolve().parents[2]
 NEVER = 30.0
 
 
@@ -544,6 +547,35 @@ def test_a_start_that_would_open_the_app_is_refused(
     monkeypatch.setenv(name, "1")
     with pytest.raises(RepairError, match=f"{name} is set"):
         check_start(parse_options([]))
+
+
+STARTED = """
+import json, sys, gradio as gr
+from repair.ui.app import main
+given = {}
+gr.Blocks.queue = gr.Blocks.launch = lambda self, **options: given.update(options)
+assert main(sys.argv[1:]) == 0
+print(json.dumps(given, default=str))
+"""
+
+
+def test_the_app_is_started_closed(tmp_path: Path) -> None:
+    """What the gate would hide if it were left open: `security.md` 4.3."""
+    jobs, models = tmp_path / "jobs", tmp_path / "models"
+    models.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, "--jobs-root", str(jobs), "--models-root", str(models)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    given = json.loads(done.stdout.splitlines()[-1])
+    closed = {
+        "share": False, "show_error": False, "api_open": False, "run_history": False,
+        "enable_monitoring": False, "mcp_server": False, "strict_cors": True, "pwa": False,
+        "ssr_mode": False, "server_name": "127.0.0.1", "allowed_paths": [],
+        "blocked_paths": [str(jobs), str(models)],
+    }  # fmt: skip
+    assert {name: given.get(name) for name in closed} == closed
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])
