@@ -167,12 +167,16 @@ def _pairs(values: Any, triggers: tuple[str, ...]) -> list[TextPair]:
 
 def _absent(text: str, triggers: tuple[str, ...], number: int) -> str:
     def fold(value: str) -> str:
-        return unicodedata.normalize("NFKC", value).casefold()
+        seen = "".join(char for char in value if unicodedata.category(char) != "Cf")
+        return unicodedata.normalize("NFKC", seen).casefold()
 
     hint = "Correct the pair or the trigger, or leave the trigger out to have it found."
     for trigger in triggers:
-        if fold(trigger) in fold(text):
-            hint = "Only another spelling is there (capitals or Unicode form): write it the same."
+        if fold(trigger).strip() and fold(trigger) in fold(text):
+            hint = (
+                "Only another spelling is there (capitals, invisible characters or Unicode form): "
+                "write it the same."
+            )
     listed = ", ".join(map(show, triggers[:4]))
     return f"The triggered prompt of pair {number} does not hold the trigger {listed}. {hint}"
 

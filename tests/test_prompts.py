@@ -167,6 +167,7 @@ def test_removing_undoes_inserting(prompt: str, position: str) -> None:
         ({"pairs": [{"clean": "a b", "triggered": "a b"}]}, "nothing to compare"),
         ({"pairs": [{"clean": "a", "triggered": "b"}]}, "does not hold the trigger 'cf'"),
         ({"pairs": [{"clean": "a", "triggered": "a CF"}]}, "Only another spelling"),
+        ({"pairs": [{"clean": "a", "triggered": "a c\u200bf"}]}, "invisible characters"),
         ({"pairs": [{"clean": "", "triggered": "a cf"}]}, "clean prompt of pair 1 is empty"),
         ({"pairs": [["a", "b"]]}, "pair 1"),
         ({"pairs": {"clean": "a"}}, "must be a list"),
