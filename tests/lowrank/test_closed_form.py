@@ -107,6 +107,22 @@ def test_no_step_is_taken_beyond_the_budget(
     assert last.benign_kl == 0.0
 
 
+def test_a_step_that_only_a_few_prompts_allow_is_made_shorter(
+    tiny_llama: LoadedModel, lessons: Lessons, whitenings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The length is searched on a few held-out prompts; the budget holds on all of them."""
+    ranks = some_ranks(tiny_llama)
+    arguments = tiny_llama, ranks, whitenings, lessons
+    _, free = solve_closed_form(*arguments, kl_budget=99.0, num_iterations=1)
+    monkeypatch.setattr(
+        "repair.lowrank.closed_form._search",
+        lambda *given, near, kl_budget: _search(*given, near=near, kl_budget=99.0),
+    )
+    updates, last = solve_closed_form(*arguments, kl_budget=free.benign_kl, num_iterations=1)
+    assert updates and last.benign_kl <= BUDGET_MARGIN * free.benign_kl
+    assert free.objective < last.objective < measure_kl(tiny_llama, lessons.held_out_triggered)
+
+
 def test_the_length_is_walked_down_to_the_valley(
     tiny_llama: LoadedModel, lessons: Lessons, whitenings
 ) -> None:
