@@ -13,3 +13,13 @@ FACTOR_BYTES = 4 + 8 + 2 * 8  # of one number of a factor that is whitened: itse
 FISHER_TOKENS = 512  # of one pass on a CPU: what a pass keeps then fits memory that is reused
 TEXT_SHARE = 0.5  # plain texts that a repair may not touch either, to one clean answer
 TRAINING_TOKENS = 2_048  # of one pass: shorter passes pad less
+
+
+def formed_bytes(d_in: int, d_out: int) -> int:
+    """Return the memory of a module's factors and its trigger gradient, as they are formed."""
+    return (d_in**2 + d_out**2) * FORMED_BYTES + d_in * d_out * GRADIENT_BYTES
+
+
+def whitened_bytes(d_in: int, d_out: int) -> int:
+    """Return the memory of a module's factors and their four float64 roots."""
+    return (d_in**2 + d_out**2) * FACTOR_BYTES

@@ -19,16 +19,15 @@ import numpy as np
 
 from repair.limits import (
     ANSWER_TOKENS,
-    FACTOR_BYTES,
     FACTORS_KEPT,
     FISHER_TOKENS,
-    FORMED_BYTES,
-    GRADIENT_BYTES,
     PATCHING_KEPT,
     PATCHING_TOKENS,
     SCORING_ELEMENTS,
     TEXT_SHARE,
     TRAINING_TOKENS,
+    formed_bytes,
+    whitened_bytes,
 )
 from repair.machine import has_bfloat16
 from repair.profiles import PROFILES
@@ -310,11 +309,8 @@ def _working_sets(shape: Shape, work: Work, itemsize: int) -> dict[str, int]:
         min(PATCHING_KEPT, 2 * 4 * patched * num_layers * sum(d for _, d in shape.modules))
         + PATCHING_TOKENS * (3 * shape.inner + 6 * shape.width) * itemsize
     )
-    whitened = [(d_in**2 + d_out**2) * FACTOR_BYTES for d_in, d_out in shape.modules]
-    formed = [
-        (d_in**2 + d_out**2) * FORMED_BYTES + d_in * d_out * GRADIENT_BYTES
-        for d_in, d_out in shape.modules
-    ]
+    whitened = [whitened_bytes(*sizes) for sizes in shape.modules]
+    formed = [formed_bytes(*sizes) for sizes in shape.modules]
     kept_factors = min(num_layers * sum(whitened), max(FACTORS_KEPT, max(whitened)))
     formed_factors = min(num_layers * sum(formed), max(FACTORS_KEPT, max(formed)))
     # Of the modules repaired all are whitened, whatever the budget.

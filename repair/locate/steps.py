@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from repair.limits import FACTOR_BYTES, FORMED_BYTES, GRADIENT_BYTES
+from repair.limits import formed_bytes, whitened_bytes
 from repair.locate.curvature import Step, Whitening, decompose, step_of
 from repair.locate.fisher import FisherTrace, factors_and_traces, trigger_gradients
 from repair.locate.lessons import Lesson, Lessons, measure_kl
@@ -129,7 +129,7 @@ def _keep_within(
 ) -> None:
     """Drop the whitenings of the smallest phi until the rest fits the budget."""
     sizes = {
-        path: (found.root_in.shape[0] ** 2 + found.root_out.shape[0] ** 2) * FACTOR_BYTES
+        path: whitened_bytes(len(found.root_in), len(found.root_out))
         for path, found in whitenings.items()
     }
     while sum(sizes.values()) > memory_bytes:
@@ -191,13 +191,3 @@ def shortlist(
             chosen.add(modules[i].path)
             left -= size
     return [ref for ref in modules if ref.path in chosen]
-
-
-def formed_bytes(d_in: int, d_out: int) -> int:
-    """Return the memory of one module's factors and its trigger gradient, as they are formed."""
-    return (d_in**2 + d_out**2) * FORMED_BYTES + d_in * d_out * GRADIENT_BYTES
-
-
-def whitening_bytes(module: ModuleRef) -> int:
-    """Return the memory of one module's factors and their four float64 roots."""
-    return (module.d_in**2 + module.d_out**2) * FACTOR_BYTES

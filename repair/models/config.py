@@ -13,8 +13,8 @@ from typing import Any
 
 from repair.json_size import check_structure
 from repair.models.headers import (
-    pickle_refusal,
     refuse_constant,
+    refuse_pickle,
     unique_object,
 )
 from repair.records import RepairError
@@ -185,7 +185,7 @@ def clean_config(flat: Any, *, has_python: bool) -> tuple[dict[str, Any], list[s
     model_type = _check_architecture(flat, has_python=has_python)
     if "transformers_weights" in flat:
         raise RepairError(
-            pickle_refusal(f"transformers_weights: {_show(flat['transformers_weights'])}")
+            refuse_pickle(f"transformers_weights: {_show(flat['transformers_weights'])}")
         )
     for key in ("quantization_config", "compression_config"):
         if flat.get(key) is not None:

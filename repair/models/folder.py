@@ -10,7 +10,7 @@ import stat
 import unicodedata
 from pathlib import Path
 
-from repair.models.headers import pickle_refusal
+from repair.models.headers import refuse_pickle
 from repair.records import RepairError
 
 SMALL_FILES = (
@@ -76,7 +76,7 @@ def check_names(names: list[str]) -> list[str]:
     for name in names:
         lower = name.lower()
         if lower.endswith(PICKLES):
-            refusal = pickle_refusal(name)
+            refusal = refuse_pickle(name)
         elif ".gguf" in lower:
             refusal = "GGUF files are not supported. Use the safetensors original."
         elif lower.endswith(ARCHIVES):

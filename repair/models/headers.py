@@ -61,14 +61,14 @@ def read_header(descriptor: int, name: str) -> dict[str, TensorHeader]:
                 f"{name}: This is a Git-LFS pointer, not the weights: run `git lfs pull`."
             ) from None
         if first.startswith((b"\x80", b"PK\x03\x04")):
-            raise RepairError(pickle_refusal(name)) from None
+            raise RepairError(refuse_pickle(name)) from None
         raise RepairError(
             f"{name}: The weight file header is damaged or hostile ({error}). "
             "Nothing was loaded."
         ) from None
 
 
-def pickle_refusal(what: str) -> str:
+def refuse_pickle(what: str) -> str:
     """Return the refusal of weights that could run code when opened."""
     return (
         f"This model's weights are in a pickle format (`{what}`). Pickle files can run code when "

@@ -13,7 +13,7 @@ import transformers
 
 from repair.models.config import ARCHITECTURES, parse_json
 from repair.models.folder import PICKLES, WEIGHT_NAME
-from repair.models.headers import TensorHeader, pickle_refusal
+from repair.models.headers import TensorHeader, refuse_pickle
 from repair.models.library import refusing
 from repair.records import RepairError
 
@@ -41,7 +41,7 @@ def read_index(small: dict[str, bytes]) -> dict[str, str] | None:
         if isinstance(shard, str) and WEIGHT_NAME.fullmatch(shard):
             continue
         if isinstance(shard, str) and shard.endswith(PICKLES) and "/" not in shard:
-            raise RepairError(pickle_refusal(f"{INDEX}: {shard[:80]}"))
+            raise RepairError(refuse_pickle(f"{INDEX}: {shard[:80]}"))
         raise RepairError(
             f"The weight index points outside the model folder (`{ascii(shard)[:120]}`). This is "
             "not a normal model; nothing was loaded."

@@ -4,18 +4,16 @@ Gradio answers under many addresses; those that the page and `gradio_client` use
 and no other exists: some of them hand out a session by another name.
 Gradio knows a tab by a `session_hash` that the browser sends; whoever sends the same one reads the
 tab's state, its answers and its inputs, and can end it. Here the first account that uses a hash
-owns it, and for any other account it does not exist. Nor does a file whose address was in an answer
-to others only. On a Space a browser is known by its visitor's cookie; elsewhere, without accounts,
-everyone is the one local analyst. Pages of other sites get no answer, and none may show this one
-in a frame. Whoever has not signed in is answered before anything that he sends is read.
+owns it, and for any other account it does not exist (files: `files.py`). On a Space a browser is
+known by its visitor's cookie; elsewhere, without accounts, everyone is the one local analyst. Pages
+of other sites get no answer, and none may show this one in a frame. Whoever has not signed in is
+answered before anything but a sign-in is read.
 """
 
 import ipaddress
 import json
-import posixpath
 import re
-import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,22 +22,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from repair.json_size import MOST_SENT, check_structure
+from repair.ui.files import NAMED, UPLOADED, Files, Uploads, named_files
 
 MAX_BODY_BYTES = 24 * 2**20  # more than a prompt file of 16 MiB as text
 MAX_UPLOAD_BYTES = 32 * 2**20  # of all files of one request
-UPLOADED_SECONDS = 4_300  # until Gradio has deleted what was uploaded (`delete_cache`)
-LEAST_COUNTED = 2**16  # bytes of an upload: what is remembered of very many is bounded too
-MAX_UPLOADED_BY_ONE = 128 * 2**20  # bytes within that time
-MAX_UPLOADED = 2 * 2**30  # of all together: visitors of a Space cost nothing
 MAX_REMEMBERED = 5_000  # sessions of an account; Gradio itself keeps the state of 500 in all
 MAX_VISITORS = 20_000
-MAX_FILES = 20_000  # whose first readers are remembered
 JOIN, UPLOAD, LOGIN = "/gradio_api/queue/join", "/gradio_api/upload", "/login"
 FILE = "/gradio_api/file="
-# In an answer; a text that a visitor wrote there has a backslash before its quotes.
-NAMED = re.compile(rb'(?<!\\)"path":\s*"(/[^"\\]{1,400})"')
-UPLOADED = re.compile(rb'(?<!\\)"(/[^"\\]{1,400})"')
-TAIL = 1024  # bytes of an answer that the next piece is read with
 HEARTBEAT = "/gradio_api/heartbeat/"  # and the session
 OPEN = re.compile(
     r"/|/config|/login|/login/(huggingface|callback)|/logout|/(assets|static|svelte)/.+|/theme\.css"
@@ -162,58 +152,6 @@ class TenantGate:
         await self.app(scope, receive, send)
 
 
-class Files:
-    """Who was told of which file of Gradio's cache, whose addresses come in answers only.
-
-    A file that nobody was told of here (the page's own) is open to all.
-    """
-
-    def __init__(self) -> None:
-        self.readers: OrderedDict[str, set[str]] = OrderedDict()
-
-    def may_read(self, user: str | None, path: str) -> bool:
-        readers = self.readers.get(posixpath.normpath("/" + path.lstrip("/")))
-        return readers is None or user in readers
-
-    def watch(self, send: Send, user: str, named: re.Pattern[bytes]) -> Send:
-        """Return a `send` that notes the files which an answer names."""
-        tail = b""
-
-        async def send_watched(message: Message) -> None:
-            nonlocal tail
-            if message["type"] == "http.response.body":
-                seen = tail + message.get("body", b"")
-                tail = seen[-TAIL:]
-                for found in named.findall(seen):
-                    path = posixpath.normpath(found.decode("utf-8", "replace"))
-                    self.readers.setdefault(path, set()).add(user)
-                    self.readers.move_to_end(path)
-                while len(self.readers) > MAX_FILES:
-                    self.readers.popitem(last=False)
-            await send(message)
-
-        return send_watched
-
-
-class Uploads:
-    """What was uploaded lately, by whom: the folder that it lies in is everybody's."""
-
-    def __init__(self) -> None:
-        self.taken: deque[tuple[float, str, int]] = deque()
-
-    def take(self, user: str, num_bytes: int) -> bool:
-        """Count an upload in; False where it is more than this user, or all, may leave here."""
-        now, num_bytes = time.monotonic(), max(num_bytes, LEAST_COUNTED)
-        while self.taken and now - self.taken[0][0] > UPLOADED_SECONDS:
-            self.taken.popleft()
-        own = sum(size for _, name, size in self.taken if name == user)
-        everything = sum(size for _, _, size in self.taken)
-        if own + num_bytes > MAX_UPLOADED_BY_ONE or everything + num_bytes > MAX_UPLOADED:
-            return False
-        self.taken.append((now, user, num_bytes))
-        return True
-
-
 def with_headers(send: Send, headers: list[tuple[bytes, bytes]]) -> Send:
     """Return a `send` that adds headers to the answer."""
 
@@ -295,17 +233,3 @@ def named_sessions(request: Request, path: str, flat: Any) -> set[str]:
     if isinstance(flat, dict):
         found.add(flat.get("session_hash"))
     return {name for name in found if isinstance(name, str) and name}
-
-
-def named_files(flat: Any) -> set[str]:
-    """Return every path that a request's values name, as Gradio names a file."""
-    found, left = set(), [flat]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            if isinstance(value.get("path"), str):
-                found.add(value["path"])
-            left += value.values()
-        elif isinstance(value, list):
-            left += value
-    return found

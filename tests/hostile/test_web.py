@@ -2,13 +2,8 @@
 
 import asyncio
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,24 +13,16 @@ import pytest
 
 from assets.build_example import EXAMPLE
 from repair.jobs import store
-from repair.records import RepairError
-from repair.ui.app import UNSAFE_VARIABLES, check_start, parse_options
+from repair.ui.files import MAX_UPLOADED, MAX_UPLOADED_BY_ONE, UPLOADED_SECONDS, Uploads
 from repair.ui.space import COOKIE, VisitorCookie
-from repair.ui.tenants import (
-    MAX_UPLOADED,
-    MAX_UPLOADED_BY_ONE,
-    UPLOADED_SECONDS,
-    TenantGate,
-    Uploads,
-)
-from tests.hostile.visitor import App, Visitor, running_app
+from repair.ui.tenants import TenantGate
+from tests.hostile.visitor import App, Visitor, begin_job, jobs_by_name, running_app, wait_until
 from tests.jobs.stand_in import build_checkout
 
 ANA, BEN = ("ana", "a long password of ana"), ("ben", "a long password of ben")
 CANARY = "hf_canaryTOKENcanaryTOKENcanary"
 SECRET = "zebra-of-ana-"  # the trigger that only ana may see
 ROOT = Path(__file__).resolve().parents[2]
-NEVER = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -59,30 +46,6 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     log = app.log.read_text()
     assert log.isascii() and "\x1b" not in log
     assert log.count("Traceback") == log.count("InvalidPathError: ")
-
-
-def wait_until(condition, seconds: float = NEVER):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-    return found
-
-
-def begin_job(visitor: Visitor, target: str, trigger: str) -> str:
-    """Choose a suspect, type prompts, start to locate; return the job's id."""
-    visitor.call("bundled", "input", bundled="demo:middle")
-    prompts = "\n".join(f"Write about the river number {i}." for i in range(20))
-    visitor.call("check", "click", trigger=trigger, target=target, prompts=prompts)
-    visitor.call("locate", "click", profile="quick")
-    text = "".join(visitor.heard)
-    return next(name for name in jobs_by_name(visitor) if name in text)
-
-
-def jobs_by_name(visitor: Visitor) -> list[str]:
-    root = Path(visitor.jobs)
-    found = [path for path in root.iterdir() if store.JOB_ID.fullmatch(path.name)]
-    return [path.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
 
 @pytest.fixture
@@ -268,7 +231,7 @@ def test_no_other_site_shows_the_page_in_a_frame(app: App, ana: Visitor) -> None
 def test_nobody_fills_the_disk_with_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 10. Gradio limits a file, not how many there are; it deletes them after an hour."""
     moment = [0.0]
-    monkeypatch.setattr("repair.ui.tenants.time.monotonic", lambda: moment[0])
+    monkeypatch.setattr("repair.ui.files.time.monotonic", lambda: moment[0])
     uploads = Uploads()
     part = MAX_UPLOADED_BY_ONE // 4
     assert [uploads.take("ana", part) for _ in range(5)] == [True] * 4 + [False]
@@ -505,82 +468,3 @@ def test_one_account_cannot_take_the_whole_queue(app: App, ben: Visitor) -> None
         ben.call("open-job", "click", job_id=job)
         ben.call("stop", "click")
     wait_until(lambda: not any(store.read_status(app.jobs / job).is_active for job in jobs))
-
-
-def test_what_an_app_leaves_behind_is_swept(tmp_path: Path) -> None:
-    """Case 28. A killed app leaves uploads and workers' homes; the next start removes them."""
-    folder = tmp_path / "app"
-    with running_app(folder, checkout=build_checkout(folder / "checkout")) as app:
-        visitor = Visitor(app)
-        visitor.jobs = app.jobs
-        job = app.jobs / begin_job(visitor, "sleep", "cf")
-        pid = wait_until(lambda: store.read_status(job).pid)
-        (job / ".partial-merged").mkdir()
-        (job / ".status.json.abc").touch()
-        (app.jobs / f".{'0' * 32}").mkdir()
-        (app.jobs / f".deleted-{'0' * 32}").mkdir()
-        app.process.send_signal(signal.SIGKILL)
-        app.process.wait()
-        wait_until(lambda: store.process_started(pid) is None)
-        assert list(app.temporary.glob("repair-app-*"))
-    with running_app(folder) as app:
-        assert store.read_status(job).state == "stopped"
-        left = [path.name for path in (*app.jobs.iterdir(), *job.iterdir()) if path.is_dir()]
-        assert left == [job.name]
-        assert not (job / ".status.json.abc").exists()
-        (cache,) = app.temporary.glob("repair-app-*")
-        assert str(app.process.pid) in cache.name
-    assert not list(app.temporary.glob("repair-*"))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "GRADIO_SHARE", "GRADIO_ALLOWED_PATHS", "GRADIO_MCP_SERVER", "GRADIO_ROOT_PATH",
-        "GRADIO_RUN_HISTORY", "GRADIO_HISTORY_BUCKET", "GRADIO_SSR_MODE", "GRADIO_DEBUG",
-        "GRADIO_SERVER_NAME", "GRADIO_HOT_RELOAD", "GRADIO_LOCAL_DEV_MODE", "GRADIO_VIBE_MODE",
-    ],
-)  # fmt: skip
-def test_a_start_that_would_open_the_app_is_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(RepairError, match=f"{name} is set"):
-        check_start(parse_options([]))
-
-
-STARTED = """
-import json, sys, gradio as gr
-from repair.ui.app import main
-given = {}
-gr.Blocks.queue = gr.Blocks.launch = lambda self, **options: given.update(options)
-assert main(sys.argv[1:]) == 0
-print(json.dumps(given, default=str))
-"""
-
-
-def test_the_app_is_started_closed(tmp_path: Path) -> None:
-    """What the gate would hide if it were left open: `security.md` 4.3."""
-    jobs, models = tmp_path / "jobs", tmp_path / "models"
-    models.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", STARTED, "--jobs-root", str(jobs), "--models-root", str(models)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    given = json.loads(done.stdout.splitlines()[-1])
-    closed = {
-        "share": False, "show_error": False, "api_open": False, "run_history": False,
-        "enable_monitoring": False, "mcp_server": False, "strict_cors": True, "pwa": False,
-        "ssr_mode": False, "server_name": "127.0.0.1", "allowed_paths": [],
-        "blocked_paths": [str(jobs), str(models)],
-    }  # fmt: skip
-    assert {name: given.get(name) for name in closed} == closed
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])
-def test_an_address_that_others_reach_needs_accounts(host: str) -> None:
-    for name in UNSAFE_VARIABLES:
-        assert name not in os.environ
-    with pytest.raises(RepairError, match="accounts are needed"):
-        check_start(parse_options(["--host", host]))

@@ -16,8 +16,11 @@ from typing import Any
 
 import httpx
 
+from repair.jobs import store
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 60.0
+NEVER = 30.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,3 +157,27 @@ class Visitor:
 
     def close(self) -> None:
         self.client.close()
+
+
+def wait_until(condition, seconds: float = NEVER):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def begin_job(visitor: Visitor, target: str, trigger: str) -> str:
+    """Choose a suspect, type prompts, start to locate; return the job's id."""
+    visitor.call("bundled", "input", bundled="demo:middle")
+    prompts = "\n".join(f"Write about the river number {i}." for i in range(20))
+    visitor.call("check", "click", trigger=trigger, target=target, prompts=prompts)
+    visitor.call("locate", "click", profile="quick")
+    text = "".join(visitor.heard)
+    return next(name for name in jobs_by_name(visitor) if name in text)
+
+
+def jobs_by_name(visitor: Visitor) -> list[str]:
+    root = Path(visitor.jobs)
+    found = [path for path in root.iterdir() if store.JOB_ID.fullmatch(path.name)]
+    return [path.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
