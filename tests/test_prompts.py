@@ -205,6 +205,8 @@ def test_a_mistake_never_shows_invisible_characters() -> None:
         ("prompts.txt", "Name two rivers.", "no trigger"),
         ("prompts.json", "{'trigger': 'cf'}", "not valid JSON"),
         ("prompts.json", "[" * 100_000, "not valid JSON"),
+        ("prompts.json", "[" + "[]," * 200_000 + "[]]", "more than 200000 lists"),
+        ("prompts.json", "[" + "0," * 2_000_001 + "0]", "or 2000000 items"),
         ("prompts.json", '"cf"', "neither a JSON object nor a list"),
         ("prompts.json", '[{"prompt": "a"}]', "Row 1"),
         ("prompts.json", '[{"instruction": "a", "input": [1]}]', "Row 1"),

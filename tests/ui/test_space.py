@@ -123,6 +123,10 @@ def test_a_space_says_its_limits_and_zero_gpu_what_it_cannot_do(monkeypatch, tmp
     assert space.can_sign_in and not space.is_zero
     for words in ("30 minutes", "GiB", "visible to you only", "a/b?duplicate=true", "Sign in"):
         assert words in space.describe()
+    # Of one visitor: repaired models fill a shared disk sooner than their number does.
+    limits = space.limits
+    assert space.max_model_bytes < limits.max_kept_bytes < limits.max_kept * space.max_model_bytes
+    assert limits.max_seconds and limits.max_waiting and limits.max_per_owner
     assert "or until this Space restarts" in space.describe()
     monkeypatch.setattr("repair.ui.space.BUCKET", tmp_path)
     kept = read_space()
