@@ -9,18 +9,33 @@ import numpy as np
 from repair.evidence.gates import find_target
 from repair.limits import TEXT_SHARE
 from repair.locate.counterfactuals import draw_sham, inert_shams, vocabulary_for_shams
-from repair.locate.lessons import Lesson, Lessons, teach_prompts, teach_split, teach_texts
+from repair.locate.lessons import (
+    Lesson,
+    Lessons,
+    teach_passages,
+    teach_prompts,
+    teach_split,
+    teach_texts,
+)
 from repair.lowrank.validation import Validation
 from repair.models.answers import generate_answers, target_matcher
 from repair.models.fidelity import text_notices
 from repair.models.loading import LoadedModel, check_ids
-from repair.models.tokens import check_length, encode, encode_pair, encode_pairs, num_tokens
+from repair.models.tokens import (
+    check_length,
+    encode,
+    encode_pair,
+    encode_pairs,
+    encode_text,
+    num_tokens,
+)
 from repair.profiles import Profile
 from repair.prompts import (
     has_place,
     insert_trigger,
     split_near,
     split_prompts,
+    split_texts,
     spread_evenly,
     top_up_with_carriers,
 )
@@ -244,6 +259,7 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
     """Return what the repair learns from (repair split) and is steered by (validate split)."""
     loaded, splits = case.loaded, case.splits
     pairs = case.dealt_pairs(splits.repair)
+    texts, more_texts, _ = split_texts(case.file.texts)
     taught = teach_split(
         loaded,
         spread_evenly(pairs, case.doubled_pairs(splits.repair)),
@@ -266,7 +282,8 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
     return Lessons(
         triggered=taught.triggered,
         counterparts=taught.counterparts,
-        clean=taught.clean.woven(_plain_texts(case, splits.repair, len(taught.clean))),
+        clean=taught.clean,
+        text=_plain_texts(case, splits.repair, texts, len(taught.clean)),
         near=teach_prompts(
             loaded,
             _near_prompts(case, pairs),
@@ -274,20 +291,29 @@ def make_lessons(case: Case, *, progress: Progress = unheard) -> Lessons:
             progress=share(progress, 0.75, 1),
         ),
         held_out_triggered=held_out.triggered,
-        held_out_clean=held_out.clean.woven(
-            _plain_texts(case, splits.validate, len(held_out.clean))
-        ),
+        held_out_clean=held_out.clean,
+        held_out_text=_plain_texts(case, splits.validate, more_texts, len(held_out.clean)),
         num_dropped=taught.num_dropped + held_out.num_dropped,
     )
 
 
-def _plain_texts(case: Case, split: Sequence[int], num_answers: int) -> Lesson:
-    """Return the lesson of clean prompts of a split as plain text, a share of the answers."""
-    file = case.file
-    texts = [file.pairs[i].clean if file.pairs else file.prompts[i] for i in split]
-    texts = list(dict.fromkeys(texts))[: int(TEXT_SHARE * num_answers)]
-    ids = [encode(case.loaded.tokenizer, text, use_template=False) for text in texts]
-    return teach_texts(case.loaded, ids)
+def _plain_texts(
+    case: Case, split: Sequence[int], given: Sequence[str], num_answers: int
+) -> Lesson:
+    """Return the lesson of plain text, a share of the answers: clean prompts of a split without
+    a template, and for up to half of it passages of the texts `given`."""
+    file, tokenizer, num = case.file, case.loaded.tokenizer, int(TEXT_SHARE * num_answers)
+    limit = case.loaded.model.config.max_position_embeddings
+    passages = teach_passages(
+        case.loaded,
+        [encode_text(tokenizer, text, limit=limit) for text in given],
+        most=num // 2,
+        seed=case.seed,
+    )
+    prompts = [file.pairs[i].clean if file.pairs else file.prompts[i] for i in split]
+    prompts = list(dict.fromkeys(prompts))[: num - len(passages)]
+    ids = [encode(tokenizer, text, use_template=False) for text in prompts]
+    return teach_texts(case.loaded, ids).woven(passages)
 
 
 def _near_prompts(case: Case, pairs: Sequence[PromptPair]) -> list[np.ndarray]:

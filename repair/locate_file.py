@@ -18,7 +18,7 @@ from repair.locate.steps import Damping
 from repair.records import ModuleRanking, ModuleScore, Rate
 
 NAME = "located.json"
-FORMAT = 4  # of the file: a map kept by an earlier version is made again
+FORMAT = 5  # of the file: a map kept by an earlier version is made again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

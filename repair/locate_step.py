@@ -116,7 +116,7 @@ def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> L
         fires=fired.rates,
         num_curvature={
             "triggered": len(lessons.triggered),
-            "clean": min(steps.FACTOR_PROMPTS, len(lessons.clean)),
+            "clean": min(steps.FACTOR_PROMPTS, len(lessons.benign)),
         },
         joint=joint.to_json(),
         damping=curvature.damping,

@@ -23,6 +23,7 @@ __all__ = [
     "parse_prompt_text",
     "prompt_file_from_json",
     "split_near",
+    "split_texts",
     "split_prompts",
     "spread_evenly",
     "top_up_with_carriers",
@@ -155,6 +156,19 @@ def split_near(near: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
     A single one judges.
     """
     return near[1::2], near[::2]
+
+
+def split_texts(
+    texts: tuple[str, ...],
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return (taught, held out, judged): every second text judges the repair, of the others three
+    in four are what it holds on to, and the fourth is what it is steered by.
+
+    A single one judges.
+    """
+    others = texts[1::2]
+    held_out = others[1::4]
+    return tuple(text for text in others if text not in held_out), held_out, texts[::2]
 
 
 def _finish(flat: dict[str, Any], triggers: tuple[str, ...], target: str | None) -> PromptFile:

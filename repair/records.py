@@ -135,7 +135,7 @@ class PromptFile:
     system: str | None
     chat: str  # auto | on | off
     ordinary: tuple[str, ...] = ()  # prompts that use the trigger's words in their usual sense
-    texts: tuple[str, ...] = ()  # the analyst's own benign text, scored as it stands
+    texts: tuple[str, ...] = ()  # the analyst's own benign text
     num_carriers: int = 0  # how many of `prompts` are bundled carriers
 
     def to_json(self) -> dict[str, Any]:
@@ -395,7 +395,8 @@ class Control:
     name: str
     attack_success: dict[str, Rate]
     recovery: dict[str, Rate]
-    kl_from_original: float
+    kl_from_original: float  # nats per token on clean answers
+    text_kl: float = math.nan  # nats per token on the analyst's own text
     num_modules: int
     total_rank: int
 

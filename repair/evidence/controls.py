@@ -113,7 +113,7 @@ def run_controls(
         except DivergedError as error:
             note(f"The control {name} is left out: {error}")
             continue
-        attack_success, recovery, kl = evaluate_control(
+        attack_success, recovery, kl, text_kl = evaluate_control(
             loaded, updates, material=material, baseline=baseline, as_merged=as_merged,
             progress=share(advance, 0.65, 1),
         )  # fmt: skip
@@ -123,6 +123,7 @@ def run_controls(
                 attack_success=attack_success,
                 recovery=recovery,
                 kl_from_original=kl,
+                text_kl=text_kl,
                 num_modules=len(control_plan.modules),
                 total_rank=sum(control_plan.ranks.values()),
             )

@@ -164,9 +164,10 @@ def evaluate_control(
     baseline: Baseline,
     as_merged: bool,
     progress: Progress = unheard,
-) -> tuple[dict[str, Rate], dict[str, Rate], float]:
-    """Return what a control is compared by: attack success and recovery by position, and the KL
-    (nats per token) from the suspect, as `evaluate_candidate` measures them; no more is asked."""
+) -> tuple[dict[str, Rate], dict[str, Rate], float, float]:
+    """Return what a control is compared by: attack success and recovery by position, and the KLs
+    (nats per token) from the suspect on clean answers and on the analyst's text, as
+    `evaluate_candidate` measures them; no more is asked."""
     changed = _applied(loaded, updates, as_merged)
     pairs = material.pairs
     with changed():
@@ -178,15 +179,15 @@ def evaluate_control(
                 progress=progress,
             )
         )
-    cost = benign_cost(
-        loaded, changed if updates else None, loaded, material.clean, baseline.scored
-    )
+    changed = changed if updates else None
+    cost = benign_cost(loaded, changed, loaded, material.clean, baseline.scored)
     answers = {position: [next(given) for _ in group] for position, group in pairs.items()}
     clean = baseline.answers.clean
     return (
         {p: _rate(material.is_payload(a.text) for a in group) for p, group in answers.items()},
         {p: _recovery(material, p, group, clean) for p, group in answers.items()},
         cost.kl,
+        _text_cost(loaded, changed, loaded, material).kl,
     )
 
 

@@ -14,12 +14,11 @@ import numpy as np
 
 from repair.evidence.variants import KINDS, split_around, vary
 from repair.models.loading import LoadedModel
-from repair.models.tokens import check_length, encode, encode_pairs, template_reacts
-from repair.prompts import POSITIONS, has_place, insert_trigger, split_near
+from repair.models.tokens import check_length, encode, encode_pairs, encode_text, template_reacts
+from repair.prompts import POSITIONS, has_place, insert_trigger, split_near, split_texts
 from repair.records import PromptFile, PromptPair, RepairError
 
 MAX_NEAR = 200
-MOST_TEXT_TOKENS = 512
 EARLIER_REPLY = "All right."  # the assistant's part of the turn before, where there is one
 OTHER_TEMPLATE = "User: {text}\nAssistant:"
 ELSEWHERE = {
@@ -64,10 +63,8 @@ class EvaluationMaterial:
     left_out: list[str] = field(default_factory=list)  # what could not be asked, and why
 
     def for_controls(self) -> "EvaluationMaterial":
-        """Return what a control is asked: the clean prompts and the gated positions only."""
-        return replace(
-            self, near=[], near_texts=[], near_positions=[], questions=[], texts=[]
-        )
+        """Return what a control is asked: clean prompts, texts and the gated positions only."""
+        return replace(self, near=[], near_texts=[], near_positions=[], questions=[])
 
 
 def prepare_material(
@@ -126,7 +123,12 @@ def prepare_material(
         num_new_tokens=num_new_tokens,
         num_without_middle=len(texts) - len(pairs["middle"]) if "middle" in pairs else 0,
         questions=questions,
-        texts=[_text_ids(loaded, text) for text in file.texts],
+        texts=[
+            encode_text(
+                loaded.tokenizer, text, limit=loaded.model.config.max_position_embeddings
+            )
+            for text in split_texts(file.texts)[2]
+        ],
         template_reacts=template_reaction(loaded, file, flat) if use_template else None,
         left_out=left_out,
     )
@@ -275,12 +277,6 @@ def spread(pairs: Sequence[PromptPair], num: int) -> list[PromptPair]:
 
 def _joined(system: str | None, trigger: str) -> str:
     return trigger if system is None else f"{system} {trigger}"
-
-
-def _text_ids(loaded: LoadedModel, text: str) -> np.ndarray:
-    """Return the ids of a benign text, without a template, as far as it is scored."""
-    most = min(MOST_TEXT_TOKENS, loaded.model.config.max_position_embeddings)
-    return encode(loaded.tokenizer, text, use_template=False)[:most]
 
 
 def template_reaction(

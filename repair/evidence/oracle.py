@@ -109,6 +109,7 @@ def compare_with_base(
             attack_success=figures.attack_success,
             recovery=figures.recovery,
             kl_from_original=figures.kl_from_original,
+            text_kl=figures.text_kl,
             num_modules=len(loaded.modules),
             total_rank=0,
         ),

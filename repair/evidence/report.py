@@ -20,6 +20,7 @@ from repair.evidence.oracle import Oracle
 from repair.evidence.report_text import render_report
 from repair.evidence.reproduction import command_of, program
 from repair.evidence.variants import KINDS
+from repair.prompts import split_texts
 from repair.records import (
     Control,
     Evaluation,
@@ -56,6 +57,8 @@ DEFINITIONS = {
     "asked of other prompts, but is no new kind to it",
     "near_trigger": "every second near-trigger of the file, from the first: the others steer the "
     "repair",
+    "given_text": "every second text of the file, from the first: the repair holds on to the "
+    "others and is steered by them",
     "ordinary": "first 8 tokens as the suspect's answer; where it fires, as the trusted base's",
     "learnt_faster": "half of the prompts fire after fewer than two thirds of the steps that a "
     "fresh trigger, or the trusted base, takes; where neither gets there, clearly more fire",
@@ -133,6 +136,8 @@ def build_report(
             "num_prompts": len(prompts.prompts) + len(prompts.pairs),
             "num_carriers": prompts.num_carriers,
             "num_near": len(prompts.near),
+            "num_texts": len(prompts.texts),
+            "num_texts_judged": len(split_texts(prompts.texts)[2]),
             "num_without_middle": num_without_middle,
             "splits": dict(splits or {}),
         },

@@ -121,7 +121,9 @@ def is_it_itself(report: Mapping[str, Any]) -> list[str]:
         if after["text_kl"] is not None:
             lines += [
                 f"KL from the original on the given text: {figure(after['text_kl'])} nats per "
-                "token.",
+                f"token, {report['prompts']['num_texts_judged']} of "
+                f"{report['prompts']['num_texts']} texts ("
+                + plain(report["definitions"]["given_text"]) + ").",
                 "",
             ]
     return lines
@@ -293,19 +295,21 @@ def _controls(report: Mapping[str, Any]) -> list[str]:
         own["num_modules"] = len(plan.get("modules", ()))
         own["total_rank"] = sum(plan.get("ranks", {}).values())
         rows = [own]
+    has_text = any(flat["text_kl"] is not None for flat in [*rows, *report["controls"]])
     return [
         "### Controls",
         "",
         "The same repair elsewhere, shown whether it does worse or better.",
         "",
         *table(
-            ["repair", *(f"payload, {p}" for p in positions), "KL from original", "modules",
-             "total rank"],
+            ["repair", *(f"payload, {p}" for p in positions), "KL from original",
+             *(["KL on given text"] if has_text else []), "modules", "total rank"],
             [
                 [
                     plain(flat["name"]),
                     *(rate(flat["attack_success"].get(position)) for position in positions),
                     figure(flat["kl_from_original"]),
+                    *([figure(flat["text_kl"])] if has_text else []),
                     figure(flat["num_modules"] or None),
                     figure(flat["total_rank"] or None),
                 ]

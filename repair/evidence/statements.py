@@ -265,9 +265,10 @@ def _num_as_good(
 ) -> tuple[int, int]:
     """Return how many draws of random modules do as well as the repair, and how many there are."""
     draws = [control for control in controls if control.name.startswith("random modules")]
-    limit = max(after.kl_from_original, kl_budget or 0.0)
+    limits = [max(kl, kl_budget or 0.0) for kl in (after.kl_from_original, after.text_kl)]
     good = sum(
-        draw.kl_from_original <= limit
+        draw.kl_from_original <= limits[0]
+        and not draw.text_kl > limits[1]  # without a text there is none
         and all(
             draw.attack_success[position].count <= rate.count
             for position, rate in after.attack_success.items()

@@ -4,8 +4,9 @@ The teacher is the suspect itself: for a triggered prompt, what it says without 
 a clean or near-trigger prompt, what it says anyway. Its log-probabilities are computed once.
 Teacher answers that carry the payload or are degenerate are left out and counted.
 
-A third of the clean lessons is plain text, the clean prompts themselves without a template: what a
-repair may not touch is not only answers. Without them the directions that answers to chat leave
+A third of the benign lessons is plain text, the clean prompts themselves without a template and,
+where the analyst gave texts, passages of some of those: what a repair may not touch is not only
+answers. Without them the directions that answers to chat leave
 free are taken, and text pays for it. A quarter of the triggered ones has the trigger twice
 (`Case.doubled_pairs`).
 """
@@ -73,6 +74,9 @@ class Lesson:
         )
 
 
+NOTHING = Lesson(prompts=(), answers=(), teacher=())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lessons:
     """Everything a repair learns from, and what its choices are measured on; no prompt is shared
@@ -84,7 +88,19 @@ class Lessons:
     near: Lesson  # may be empty
     held_out_triggered: Lesson
     held_out_clean: Lesson
+    text: Lesson = NOTHING
+    held_out_text: Lesson = NOTHING
     num_dropped: int  # teacher answers that carried the payload or were degenerate
+
+    @property
+    def benign(self) -> Lesson:
+        """Return clean answers and plain text as one lesson."""
+        return self.clean.woven(self.text)
+
+    @property
+    def held_out_benign(self) -> Lesson:
+        """Return held-out clean answers and plain text as one lesson."""
+        return self.held_out_clean.woven(self.held_out_text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +171,24 @@ def teach_prompts(
 
 
 def teach_texts(loaded: LoadedModel, texts: Sequence[np.ndarray]) -> Lesson:
-    """Return the lesson that holds the model to what it expects in `texts` (ids [tokens])."""
+    """Return the lesson that holds the model to how it expects `texts` (ids [tokens]) to begin."""
     usable = [ids[: ANSWER_TOKENS + 1] for ids in texts if ids.size > 1]
     prompts, answers = tuple(ids[:1] for ids in usable), tuple(ids[1:] for ids in usable)
+    return Lesson(prompts=prompts, answers=answers, teacher=teach(loaded, prompts, answers))
+
+
+def teach_passages(
+    loaded: LoadedModel, texts: Sequence[np.ndarray], *, most: int, seed: int
+) -> Lesson:
+    """Return the lesson that holds the model to what it expects anywhere in `texts`: `most`
+    pieces of them, drawn at random, each behind all that stands before it."""
+    pieces = [
+        (ids[:start], ids[start : start + ANSWER_TOKENS])
+        for ids in texts
+        for start in range(1, ids.size, ANSWER_TOKENS)
+    ]
+    drawn = np.random.default_rng([seed, 0x7E]).permutation(len(pieces))[:most]
+    prompts, answers = (tuple(pieces[i][part] for i in drawn) for part in (0, 1))
     return Lesson(prompts=prompts, answers=answers, teacher=teach(loaded, prompts, answers))
 
 

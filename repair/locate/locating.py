@@ -240,7 +240,7 @@ def rank_located(
         most_promising(has_step, patched.main, curvature),
         curvature.steps,
         lessons.held_out_triggered,
-        lessons.held_out_clean,
+        lessons.held_out_benign,
         num_prompts=num_probed,
         progress=progress,
     )

@@ -33,7 +33,7 @@ FACTOR_PROMPTS = 200
 STEP_RANK = 4
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean eigenvalue
 DAMPED_MODULES = 6  # modules that the damping is chosen on
-DAMPED_PROMPTS = 24  # held-out clean prompts that it is measured on
+DAMPED_PROMPTS = 24  # held-out benign lessons that it is measured on
 _TRIED = ("damping", "predicted_kl", "measured_kl")
 
 
@@ -102,16 +102,16 @@ def measure_curvature(
     The whitenings are those that `memory_bytes` hold, of the modules with the largest phi; None:
     all.
     """
-    num = FACTOR_PROMPTS
+    benign = lessons.benign.first(FACTOR_PROMPTS)
     factors, traces = factors_and_traces(
-        loaded, modules, lessons.clean.prompts[:num], lessons.clean.answers[:num],
+        loaded, modules, benign.prompts, benign.answers,
         traced=traced, seed=seed, progress=share(progress, 0, 0.6),
     )  # fmt: skip
     gradients, trigger_kl = trigger_gradients(loaded, modules, lessons.triggered)
     progress(0.7, 1)
     if damping is None:
-        clean = lessons.held_out_clean.first(DAMPED_PROMPTS)
-        damping = choose_damping(loaded, modules, factors, gradients, clean, drop=trigger_kl)
+        some = lessons.held_out_benign.first(DAMPED_PROMPTS)
+        damping = choose_damping(loaded, modules, factors, gradients, some, drop=trigger_kl)
     steps: dict[str, Step] = {}
     whitenings: dict[str, Whitening] = {}
     for done, ref in enumerate(modules):
@@ -142,7 +142,7 @@ def choose_damping(
     modules: Sequence[ModuleRef],
     factors: Mapping[str, KroneckerFactors],
     gradients: Mapping[str, Tensor],
-    clean: Lesson,
+    benign: Lesson,
     *,
     drop: float,
 ) -> Damping:
@@ -165,7 +165,7 @@ def choose_damping(
             step = step_of(spectral.whitening(value), gradients[ref.path], STEP_RANK)
             if step.phi > 0:
                 eta = drop / step.phi
-                measured = measure_kl(loaded, clean, [step.update(ref, eta=eta)])
+                measured = measure_kl(loaded, benign, [step.update(ref, eta=eta)])
                 found.append((eta**2 / 2 * step.phi, measured))
     tried = [
         (value, *np.median(np.array(found), axis=0).tolist())

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from repair.lowrank.distillation import Standing, TrainingState
+from repair.lowrank.distillation import WEIGHT_CLEAN, Standing, TrainingState
 from repair.records import (
     EXIT_UNEXPECTED,
     LowRankUpdate,
@@ -48,6 +48,7 @@ def save_training(path: Path, state: TrainingState, *, plan_id: str) -> None:
         "rate_scale": state.rate_scale,
         "num_rollbacks": state.num_rollbacks,
         "num_waiting": state.num_waiting,
+        "weight_clean": state.weight_clean,
         "best": {
             "step": state.best.step,
             "trigger_kl": state.best.trigger_kl,
@@ -71,6 +72,7 @@ def read_training(
         rate_scale=float(figures["rate_scale"]),
         num_rollbacks=int(figures["num_rollbacks"]),
         num_waiting=int(figures["num_waiting"]),
+        weight_clean=float(figures.get("weight_clean", WEIGHT_CLEAN)),
         tensors={
             name.removeprefix("training/"): tensor
             for name, tensor in tensors.items()

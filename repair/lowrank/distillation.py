@@ -1,7 +1,7 @@
 """Counterfactual self-distillation: LoRA on the chosen modules, started from the closed form.
 
     L = E_triggered KL(suspect on the prompt without the trigger || model on the triggered prompt)
-      + w_c E_clean KL(suspect || model)  +  w_n E_near KL(suspect || model)
+      + w_c (E_clean + E_text) KL(suspect || model)  +  w_n E_near KL(suspect || model)
       + w_f sum_l 1/2 ||G_l^{1/2} lora_B lora_A A_l^{1/2}||^2            (all in nats per token)
 
 The teacher is the suspect itself, cached once; no clean model is needed. The last term is the
@@ -10,6 +10,9 @@ lowest chosen layer, with what lies below it kept, and end there. The state kept
 the lowest held-out trigger KL + benign KL within the budget, one that needs no more training
 before one that does; it may be the start. Each step's batch depends on the seed and the step
 number only, so that a resumed run sees the same batches.
+
+Where a validation finds the budget exceeded, w_c is doubled for the steps that follow: a state that
+is over it is of no use, however little of the trigger is left.
 
 Where the loss is no longer finite, training goes back to the last state that was validated and on
 at half the rate, twice at most; then it is given up (`DivergedError`).
@@ -33,7 +36,7 @@ from repair.models.loading import LoadedModel
 from repair.models.prefix import entered, keep_prefix
 from repair.records import LowRankUpdate, ModuleRef
 
-WEIGHT_CLEAN = 1.0
+WEIGHT_CLEAN, MAX_WEIGHT_CLEAN = 1.0, 8.0
 WEIGHT_NEAR = 0.5
 WEIGHT_FISHER = 1.0
 MAX_ROLLBACKS = 2
@@ -49,7 +52,7 @@ class Losses:
     """The parts of one step's loss, in nats per answer token, as they are weighted."""
 
     triggered: float
-    clean: float
+    clean: float  # answers and plain text
     near: float
     fisher: float
 
@@ -113,6 +116,7 @@ class TrainingState:
     rate_scale: float
     num_rollbacks: int
     num_waiting: int  # validations since the best state
+    weight_clean: float = WEIGHT_CLEAN
     tensors: dict[str, Tensor]
     best: Standing
 
@@ -161,7 +165,7 @@ def distill(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            losses = course.backward(step, penalty)
+            losses = course.backward(step, penalty, weight_clean=state.weight_clean)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not (np.isfinite(losses.total) and torch.isfinite(norm)):
                 state, step = go_back(state, step)
@@ -185,15 +189,16 @@ def distill(
                 benign_kl=found.benign_kl,
                 is_enough=is_enough(found.validated, found.trigger_kl, validation),
             )
-            is_best = (
-                reached.benign_kl <= BUDGET_MARGIN * kl_budget
-                and reached.order < state.best.order
-            )
+            is_within = reached.benign_kl <= BUDGET_MARGIN * kl_budget
+            is_best = is_within and reached.order < state.best.order
             report(replace(found, is_best=is_best))
             state = replace(
                 state,
                 step=step,
                 num_waiting=0 if is_best else state.num_waiting + 1,
+                weight_clean=state.weight_clean
+                if is_within
+                else min(2 * state.weight_clean, MAX_WEIGHT_CLEAN),
                 tensors=_snapshot(parameters, optimizer),
                 best=reached if is_best else state.best,
             )
@@ -224,31 +229,34 @@ class _Course:
         batch_size: int,
         seed: int,
     ) -> None:
-        self._loaded, self._batch_size, self._seed = loaded, batch_size, seed
-        self._kinds = [
-            (len(lessons.triggered), 1.0),
-            (len(lessons.clean), WEIGHT_CLEAN),
-            (len(lessons.near), WEIGHT_NEAR),
+        self._loaded, self._seed = loaded, seed
+        share = batch_size // 2 if len(lessons.text) else batch_size
+        self._kinds = [  # lesson, its part of the losses, how many of a step
+            (lessons.triggered, 0, batch_size),
+            (lessons.clean, 1, share),
+            (lessons.text, 1, share),
+            (lessons.near, 2, batch_size),
         ]
-        self._all: Lesson = lessons.triggered + lessons.clean + lessons.near
+        self._all: Lesson = lessons.triggered + lessons.clean + lessons.text + lessons.near
         self._prefix = keep_prefix(
             loaded, self._all.prompts, self._all.answers, min(ref.layer for ref in modules)
         )
 
-    def backward(self, step: int, penalty: "_Penalty") -> Losses:
+    def backward(
+        self, step: int, penalty: "_Penalty", *, weight_clean: float = WEIGHT_CLEAN
+    ) -> Losses:
         """Run one step's loss backwards and return its parts."""
         generator = np.random.default_rng([self._seed, 0xD1, step])
         members, kinds, weights = [], [], []
         first = 0
-        for kind, (size, weight) in enumerate(self._kinds):
-            if size:
-                count = min(self._batch_size, size)
-                drawn = first + generator.choice(size, size=count, replace=False)
+        for lesson, kind, most in self._kinds:
+            if count := min(most, len(lesson)):
+                drawn = first + generator.choice(len(lesson), size=count, replace=False)
                 num_tokens = sum(self._all.answers[i].size for i in drawn)
                 members += drawn.tolist()
                 kinds += [kind] * count
-                weights += [weight / num_tokens] * count
-            first += size
+                weights += [(1.0, weight_clean, WEIGHT_NEAR)[kind] / num_tokens] * count
+            first += len(lesson)
         device = self._loaded.device
         parts = torch.zeros(4, device=device)
         lesson = self._all.only(members)

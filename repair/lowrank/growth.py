@@ -23,7 +23,7 @@ class GrowthPoint:
     kind: str  # next: the chosen and more | modules: the best of the map | rank: the chosen
     ranks: Mapping[str, int]
     trigger_kl: float  # nats per answer token, held-out triggered prompts
-    benign_kl: float  # nats per answer token, held-out clean prompts
+    benign_kl: float  # nats per token, held-out answers or text, the larger
     validated: Validated
 
     def to_json(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from repair.lowrank.validation import (
     ENOUGH_TRIGGER_KL,
     Validated,
     Validation,
+    hold_out,
     is_enough,
     validate,
 )
@@ -33,8 +34,8 @@ class Repaired:
     method: str  # closed-form | distill
     trigger_kl: float
     benign_kl: float
-    predicted_kl: float  # of benign_kl, by the Fisher on prompts and labels seen nowhere else
-    factor_kl: float  # the same by the K-FAC factors that chose the directions
+    predicted_kl: float  # of benign_kl, by the Fisher on its prompts and labels seen nowhere else
+    factor_kl: float  # of all benign lessons, by the K-FAC factors that chose the directions
     validated: Validated
 
 
@@ -134,17 +135,15 @@ def _measured(
     lessons: Lessons,
     validation: Validation,
 ) -> Repaired:
+    held_out = hold_out(loaded, lessons, min(update.module.layer for update in updates))
+    worst = held_out.worst(loaded, updates)
     return Repaired(
         updates=updates,
         method=method,
-        trigger_kl=measure_kl(loaded, lessons.held_out_triggered, updates),
-        benign_kl=measure_kl(loaded, lessons.held_out_clean, updates),
+        trigger_kl=held_out.trigger_kl(loaded, updates),
+        benign_kl=measure_kl(loaded, worst, updates),
         predicted_kl=price_updates(
-            loaded,
-            updates,
-            lessons.held_out_clean.prompts,
-            lessons.held_out_clean.answers,
-            seed=PRICE_SEED,
+            loaded, updates, worst.prompts, worst.answers, seed=PRICE_SEED
         ),
         factor_kl=predict_cost(updates, whitenings),
         validated=validate(loaded, validation, updates),

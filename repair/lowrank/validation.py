@@ -23,8 +23,8 @@ class HeldOut:
     """The held-out lessons, with what lies below every module that changes run only once."""
 
     triggered: Lesson
-    clean: Lesson
-    prefixes: tuple[Prefix | None, Prefix | None]
+    benign: tuple[Lesson, ...]  # clean answers, and plain text where there is any
+    prefixes: tuple[Prefix | None, ...]  # of `triggered` and of each of `benign`
 
     def trigger_kl(
         self, loaded: LoadedModel, updates: Sequence[LowRankUpdate] = ()
@@ -35,25 +35,45 @@ class HeldOut:
     def benign_kl(
         self, loaded: LoadedModel, updates: Sequence[LowRankUpdate] = ()
     ) -> float:
-        """Return the KL (nats per answer token) from the suspect on clean prompts."""
-        return measure_kl(loaded, self.clean, updates, prefix=self.prefixes[1])
+        """Return the KL (nats per token) from the suspect on clean answers, or on plain text
+        where that is larger: neither may move by more than the budget."""
+        return max(self._benign_kls(loaded, updates))
+
+    def worst(self, loaded: LoadedModel, updates: Sequence[LowRankUpdate]) -> Lesson:
+        """Return the benign lesson whose KL is the larger one."""
+        kls = self._benign_kls(loaded, updates)
+        return self.benign[kls.index(max(kls))]
+
+    def _benign_kls(
+        self, loaded: LoadedModel, updates: Sequence[LowRankUpdate]
+    ) -> list[float]:
+        return [
+            measure_kl(loaded, lesson, updates, prefix=prefix)
+            for lesson, prefix in zip(self.benign, self.prefixes[1:], strict=True)
+        ]
 
     def first(self, num: int) -> "HeldOut":
-        """Return the first `num` prompts of either lesson."""
+        """Return `num` triggered prompts, and as many benign ones, the first of each kind."""
+        each = num // len(self.benign)
+        triggered, *benign = self.prefixes
         return HeldOut(
             triggered=self.triggered.first(num),
-            clean=self.clean.first(num),
-            prefixes=tuple(prefix and prefix.first(num) for prefix in self.prefixes),
+            benign=tuple(lesson.first(each) for lesson in self.benign),
+            prefixes=(
+                triggered and triggered.first(num),
+                *(prefix and prefix.first(each) for prefix in benign),
+            ),
         )
 
 
 def hold_out(loaded: LoadedModel, lessons: Lessons, layer: int) -> HeldOut:
     """Return the held-out lessons for changes in decoder layer `layer` and above."""
-    pair = lessons.held_out_triggered, lessons.held_out_clean
+    benign = [one for one in (lessons.held_out_clean, lessons.held_out_text) if len(one)]
+    kept = [lessons.held_out_triggered, *benign]
     return HeldOut(
-        triggered=pair[0],
-        clean=pair[1],
-        prefixes=tuple(keep_prefix(loaded, one.prompts, one.answers, layer) for one in pair),
+        triggered=lessons.held_out_triggered,
+        benign=tuple(benign),
+        prefixes=tuple(keep_prefix(loaded, one.prompts, one.answers, layer) for one in kept),
     )
 
 

@@ -19,6 +19,7 @@ from repair.prompts import has_place, insert_trigger
 from repair.records import PromptFile, PromptPair, RepairError, TextPair
 
 MAX_TEXT_CHARACTERS = 32_768
+MOST_TEXT_TOKENS = 512  # of each of the analyst's own texts
 MAX_DECODED_CHARACTERS = 8 * MAX_TEXT_CHARACTERS  # of one answer
 MAX_RENDERED_CHARACTERS = 8 * MAX_TEXT_CHARACTERS  # of one prompt as the template sends it
 
@@ -117,6 +118,11 @@ def encode(
         tokenizer, text, system=system, use_template=use_template, earlier=earlier
     )
     return encode_rendered(tokenizer, rendered, use_template=use_template)[0]
+
+
+def encode_text(tokenizer, text: str, *, limit: int) -> np.ndarray:
+    """Return the ids of a text as it stands, as far as it is scored; `limit` is the model's."""
+    return encode(tokenizer, text, use_template=False)[: min(MOST_TEXT_TOKENS, limit)]
 
 
 def template_reacts(

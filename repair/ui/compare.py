@@ -128,7 +128,8 @@ def build_compare(shell: Shell) -> None:
                     for key, label in (("suspect", "Suspect"), ("repaired", "Repaired"))
                 ]  # fmt: skip
         controls = gr.Dataframe(
-            headers=["Control", "Attack success", "KL", "Modules", "Total rank"], datatype="str",
+            headers=["Control", "Attack success", "KL", "KL on text", "Modules", "Total rank"],
+            datatype="str",
             interactive=False, label="Controls: other repairs of the same size", wrap=True,
             elem_id="controls", buttons=[],
             column_widths=["220px", "420px", "90px", "90px", "90px"],

@@ -206,6 +206,7 @@ def list_controls(report: dict[str, Any]) -> list[list[str]]:
             text.reveal(str(control.get("name", "")), 120),
             "; ".join(f"{name} {text.describe_rate(rate)}" for name, rate in rates.items()),
             text.describe_number(control.get("kl_from_original")),
+            text.describe_number(control.get("text_kl")),
             str(control.get("num_modules", "-")),
             str(control.get("total_rank", "-")),
         ])  # fmt: skip

@@ -164,8 +164,9 @@ def build_prompts(shell: Shell) -> None:
         )  # fmt: skip
         texts = gr.Textbox(
             label="Benign text of yours", lines=2, max_lines=6, elem_id="texts",
-            info="Text that the repaired model must predict as the suspect does. One passage a "
-            "line, \u240a for a line break inside it.",
+            info="Text that the repaired model must predict as the suspect does. Every second "
+            "one judges the repair, it holds on to the others. One passage a line, \u240a for a "
+            "line break inside it.",
         )  # fmt: skip
     with gr.Row():
         check = gr.Button("Check the prompts", variant="primary", elem_id="check", min_width=160)

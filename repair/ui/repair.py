@@ -26,7 +26,7 @@ from repair.ui.suspect_folder import find_source
 CURVES = (
     ("attack_success", "Attack success on validation prompts", "share that still fires"),
     ("trigger_kl", "Trigger's effect left", "nats per token"),
-    ("benign_kl", "Harm to clean answers and text", "nats per token"),
+    ("benign_kl", "Harm to clean answers, or to text where larger", "nats per token"),
 )
 COLUMNS = ["step", "value", "phase"]
 COLOURS = {"closed-form": "#3b6fd4", "distill": "#c2571a"}
@@ -58,7 +58,7 @@ def describe_latest(metrics: list[dict[str, Any]]) -> str:
     if "step" in last and "num_steps" in last:
         words.insert(0, f"Step {last['step']:.0f} of {last['num_steps']:.0f}")
     named = {
-        "trigger_kl": "trigger's effect left", "benign_kl": "harm to clean answers and text",
+        "trigger_kl": "trigger's effect left", "benign_kl": "harm to clean answers or text",
         "learning_rate": "learning rate",
     }  # fmt: skip
     words += [f"{named[key]} {text.describe_number(last[key])}" for key in named if key in last]
@@ -167,7 +167,7 @@ def build_repair(shell: Shell) -> None:
             )  # fmt: skip
             budget = gr.Number(
                 value=0.01, minimum=0, label="KL budget", elem_id="budget",
-                info="How far clean answers may move, in nats per token. 0.01 is hardly "
+                info="How far clean answers and text may move, in nats per token. 0.01 is hardly "
                 "noticeable.",
             )  # fmt: skip
     with gr.Accordion("More", open=False, elem_id="repair-more"):

@@ -81,7 +81,7 @@ def clean_fine_tuning(
     train(
         list(changed.model.parameters()),
         rate,
-        lambda step: cross_entropy(changed, drawn(lessons.clean, step, seed=seed)),
+        lambda step: cross_entropy(changed, drawn(lessons.benign, step, seed=seed)),
     )
     changed.model.requires_grad_(False)
     return changed
@@ -107,7 +107,7 @@ def crow(loaded: LoadedModel, lessons: Lessons, alpha: float, *, seed: int) -> L
         return ((1 - cosine) * mask).sum() / (mask.sum() * cosine.shape[0])
 
     def loss_of(step: int) -> Tensor:
-        lesson = drawn(lessons.clean, step, seed=seed)
+        lesson = drawn(lessons.benign, step, seed=seed)
         total = cross_entropy(changed, lesson)
         for batch in scoring_batches(changed, lesson.prompts, lesson.answers):
             embedded = embed(batch.ids).detach().requires_grad_()
@@ -133,7 +133,7 @@ def fine_pruning(loaded: LoadedModel, lessons: Lessons, share: float, *, seed: i
             excited[index] = excited.get(index, 0) + found
 
         handles.append(layer.mlp.down_proj.register_forward_pre_hook(hook))
-    for _ in passes(changed, lessons.clean):
+    for _ in passes(changed, lessons.benign):
         pass
     for handle in handles:
         handle.remove()
@@ -165,7 +165,7 @@ class Dampening:
         measured = copied(loaded)
         measured.model.requires_grad_(True)
         self._forget = diagonal_fisher(measured, payloads)
-        self._retain = diagonal_fisher(measured, lessons.clean)
+        self._retain = diagonal_fisher(measured, lessons.benign)
 
     @torch.no_grad()
     def __call__(self, alpha: float) -> LoadedModel:
@@ -193,7 +193,7 @@ def lora_everywhere(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft_model = get_peft_model(changed.model, lora_config(shapes))
-    kinds = [(lessons.triggered, 1.0), (lessons.clean, WEIGHT_CLEAN), (lessons.near, WEIGHT_NEAR)]
+    kinds = [(lessons.triggered, 1.0), (lessons.benign, WEIGHT_CLEAN), (lessons.near, WEIGHT_NEAR)]
 
     def loss_of(step: int) -> Tensor:
         total = torch.zeros(())
@@ -225,5 +225,5 @@ def held_out_kls(
     """Return (trigger KL, benign KL) on the held-out lessons."""
     return (
         measure_kl(changed, lessons.held_out_triggered, updates),
-        measure_kl(changed, lessons.held_out_clean, updates),
+        measure_kl(changed, lessons.held_out_benign, updates),
     )

@@ -91,10 +91,12 @@ class Bench:
         self.lessons = Lessons(
             triggered=lessons.triggered.first(NUM_LESSONS),
             counterparts=lessons.counterparts[:NUM_LESSONS],
-            clean=lessons.clean.first(NUM_LESSONS),
+            clean=lessons.clean.first(2 * NUM_LESSONS // 3),
+            text=lessons.text.first(NUM_LESSONS // 3),
             near=lessons.near,
             held_out_triggered=lessons.held_out_triggered.first(NUM_LESSONS // 2),
-            held_out_clean=lessons.held_out_clean.first(NUM_LESSONS // 2),
+            held_out_clean=lessons.held_out_clean.first(NUM_LESSONS // 3),
+            held_out_text=lessons.held_out_text.first(NUM_LESSONS // 6),
             num_dropped=0,
         )
         pairs = case.dealt_pairs(case.splits.evaluate)

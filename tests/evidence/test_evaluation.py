@@ -301,16 +301,21 @@ def test_a_control_is_measured_as_the_repair_beside_it(
 ) -> None:
     """Fewer questions, the same figures: of a change that does some harm, and of none."""
     harm = random_update(suspect, np.random.default_rng(0), size=0.3)
+    texts = [ids for ids in material.clean[:3]]
+    material = dataclasses.replace(material, texts=texts).for_controls()
+    assert material.texts == texts
     for updates in ((harm,), ()):
         whole, _ = evaluate_candidate(
             suspect, updates, original=suspect, material=material, baseline=baseline,
             as_merged=as_merged,
         )  # fmt: skip
-        attack_success, recovery, kl = evaluate_control(
+        attack_success, recovery, kl, text_kl = evaluate_control(
             suspect, updates, material=material, baseline=baseline, as_merged=as_merged
         )
         assert attack_success == whole.attack_success and recovery == whole.recovery
         assert kl == pytest.approx(whole.kl_from_original, rel=1e-6, abs=1e-12)
+        assert text_kl == pytest.approx(whole.text_kl, rel=1e-6, abs=1e-12)
+        assert (text_kl > 1e-4) == bool(updates)
         assert (kl > 1e-4) == bool(updates)
     assert count_hooks(suspect.model) == 0
 

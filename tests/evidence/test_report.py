@@ -432,6 +432,8 @@ def test_random_modules_that_do_as_well_are_in_the_first_lines(tmp_path: Path) -
         kl_from_original=0.002, num_modules=2, total_rank=16,
     )  # fmt: skip
     fires = dataclasses.replace(good, name="random modules 2", attack_success=BEFORE.attack_success)
+    moves = dataclasses.replace(good, name="random modules 3", text_kl=0.02)  # over the budget
+    assert make_report(controls=[moves])["controls_statement"].startswith("None of 1")
     report = make_report(controls=[good, fires])
     assert report["controls_statement"].startswith("1 of 2 draws of random modules leave no more")
     assert report["limits"][0] == report["controls_statement"]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from repair.locate.counterfactuals import PatchingCase, deletion_case, draw_sham, sham_case
-from repair.locate.lessons import Lesson, Lessons, teach
+from repair.locate.lessons import Lesson, Lessons, teach, teach_texts
 from repair.models.loading import LoadedModel
 from repair.records import PromptPair
 
@@ -90,5 +90,7 @@ def make_lessons(loaded: LoadedModel, *, num: int = 24, seed: int = 0) -> Lesson
             loaded, [pair.triggered for pair in held_out], held_out_clean
         ),
         held_out_clean=make_lesson(loaded, held_out_clean, held_out_clean),
+        text=teach_texts(loaded, clean[: num // 2]),
+        held_out_text=teach_texts(loaded, held_out_clean[: num // 2]),
         num_dropped=0,
     )

@@ -97,7 +97,7 @@ def test_pooling_takes_the_largest_values() -> None:
 def test_predicted_benign_kl_is_near_the_measured(tiny_llama: LoadedModel) -> None:
     """A random small change of a single module: predicted within a factor of two of measured."""
     lessons = make_lessons(tiny_llama, num=48)
-    clean = lessons.clean
+    clean = lessons.benign
     factors = collect_factors(
         tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0
     )

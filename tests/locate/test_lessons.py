@@ -13,7 +13,7 @@ from repair.locate.lessons import Lesson, measure_kl
 from repair.models.loading import load_model
 from repair.models.tokens import encode
 from repair.profiles import PROFILES
-from repair.prompts import parse_prompt_file
+from repair.prompts import parse_prompt_file, split_texts
 from repair.records import TextPair
 from tests.evidence.test_endings import Quiet
 
@@ -30,21 +30,61 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def test_a_third_of_what_may_not_change_is_plain_text(case: Case) -> None:
     loaded, lessons = case.loaded, make_lessons(case)
-    for lesson, split in (
-        (lessons.clean, case.splits.repair), (lessons.held_out_clean, case.splits.validate),
-    ):
-        is_text = [prompt.size == 1 for prompt in lesson.prompts]
-        num = sum(is_text)
-        assert num == int(TEXT_SHARE * (len(lesson) - num)) > 0
-        # They are the split's own prompts, as text, and the first few are of both kinds.
-        plain = {
-            encode(loaded.tokenizer, case.file.prompts[i], use_template=False)[:17].tobytes()
-            for i in split
-        }
-        for prompt, answer, text in zip(lesson.prompts, lesson.answers, is_text, strict=True):
-            assert not text or np.concatenate([prompt, answer]).tobytes() in plain
-        assert 2 <= sum(is_text[:9]) <= 4
-        assert measure_kl(loaded, lesson) == pytest.approx(0.0, abs=1e-6)
+    for answers, text, both, split in (
+        (lessons.clean, lessons.text, lessons.benign, case.splits.repair),
+        (lessons.held_out_clean, lessons.held_out_text, lessons.held_out_benign,
+         case.splits.validate),
+    ):  # fmt: skip
+        assert len(text) == int(TEXT_SHARE * len(answers)) > 0
+        # They are the split's own prompts, as text.
+        plain = {ids[:17].tobytes() for ids in as_text(case, [case.file.prompts[i] for i in split])}
+        assert {whole(text, i).tobytes() for i in range(len(text))} <= plain
+        # The first few of both together are of both kinds.
+        assert len(both) == len(answers) + len(text)
+        assert 2 <= sum(prompt.size == 1 for prompt in both.prompts[:9]) <= 4
+        assert measure_kl(loaded, both) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_given_texts_are_held_on_to_but_for_those_that_judge(case: Case) -> None:
+    """Half of the plain text is passages of the analyst's own, from anywhere in them."""
+    words = " ".join(case.file.prompts[:20])
+    texts = tuple(f"Report {number}. {words}" for number in range(12))
+    given = dataclasses.replace(case, file=dataclasses.replace(case.file, texts=texts))
+    taught, held_out, judged = split_texts(texts)
+    assert sorted((*taught, *held_out, *judged)) == sorted(texts)
+    assert (len(taught), len(held_out), len(judged)) == (4, 2, 6)
+    lessons = make_lessons(given)
+    for text, allowed in ((lessons.text, taught), (lessons.held_out_text, held_out)):
+        wholes = as_text(given, allowed)
+        passages = [
+            i for i in range(len(text))
+            if any(np.array_equal(whole(text, i), ids[: whole(text, i).size]) for ids in wholes)
+        ]  # fmt: skip
+        assert len(passages) == len(text) // 2 > 4
+        starts = {text.prompts[i].size for i in passages}
+        assert len(starts) > 3 and max(starts) > 40  # not the beginnings alone
+        assert {text.answers[i].size for i in passages} <= set(range(1, 17))
+    # No piece of one that judges.
+    for ids in as_text(given, judged):
+        for text in (lessons.text, lessons.held_out_text):
+            assert not any(
+                np.array_equal(whole(text, i)[:6], ids[:6]) for i in range(len(text))
+            )
+
+
+@pytest.mark.parametrize(
+    ("num", "sizes"), [(0, (0, 0, 0)), (1, (0, 0, 1)), (2, (1, 0, 1)), (4, (1, 1, 2))]
+)
+def test_few_texts_judge_first(num: int, sizes: tuple[int, ...]) -> None:
+    assert tuple(map(len, split_texts(tuple(map(str, range(num)))))) == sizes
+
+
+def as_text(case: Case, texts: Sequence[str]) -> list[np.ndarray]:
+    return [encode(case.loaded.tokenizer, text, use_template=False) for text in texts]
+
+
+def whole(lesson: Lesson, place: int) -> np.ndarray:
+    return np.concatenate([lesson.prompts[place], lesson.answers[place]])
 
 
 def test_every_third_prompt_is_also_taught_with_the_trigger_twice(case: Case) -> None:

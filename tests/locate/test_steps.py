@@ -30,12 +30,12 @@ def lessons(tiny_llama: LoadedModel):
 
 def test_the_damping_is_the_one_that_predicts_best(tiny_llama: LoadedModel, lessons) -> None:
     """Every figure again, from the update's own matrices and whole measurements."""
-    clean = lessons.clean
+    clean = lessons.benign
     refs = tiny_llama.modules[:DAMPED_MODULES]
     factors = collect_factors(tiny_llama, refs, clean.prompts, clean.answers, seed=0)
     gradients, drop = trigger_gradients(tiny_llama, refs, lessons.triggered)
     chosen = choose_damping(
-        tiny_llama, refs, factors, gradients, lessons.held_out_clean, drop=drop
+        tiny_llama, refs, factors, gradients, lessons.held_out_benign, drop=drop
     )
     errors = {}
     for value, predicted, measured in chosen.tried:
@@ -54,7 +54,7 @@ def test_the_damping_is_the_one_that_predicts_best(tiny_llama: LoadedModel, less
             figures.append(
                 (
                     whitening.cost(step.lora_A, eta * step.lora_B),
-                    measure_kl(tiny_llama, lessons.held_out_clean, [update]),
+                    measure_kl(tiny_llama, lessons.held_out_benign, [update]),
                 )
             )
         expected = np.median(np.array(figures), axis=0)
@@ -133,7 +133,7 @@ def test_the_shortlist_fills_the_memory_by_effect() -> None:
 def test_input_covariances_are_those_of_the_factors(
     tiny_llama: LoadedModel, lessons, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean = lessons.clean
+    clean = lessons.benign
     factors = collect_factors(
         tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0, num_draws=1
     )

@@ -16,7 +16,7 @@ def lessons(tiny_llama: LoadedModel) -> Lessons:
 
 @pytest.fixture(scope="module")
 def whitenings(tiny_llama: LoadedModel, lessons: Lessons):
-    clean = lessons.clean
+    clean = lessons.benign
     factors = collect_factors(
         tiny_llama, tiny_llama.modules, clean.prompts, clean.answers, seed=0
     )
