@@ -7,6 +7,7 @@ from typing import Any
 from repair.case import Reporter
 from repair.models.answers import generate_answers, target_matcher
 from repair.models.download import sources_from_json
+from repair.models.fidelity import settle_control
 from repair.models.loading import LoadedModel, load_model
 from repair.models.token_roles import token_roles
 from repair.models.tokens import check_length, encode
@@ -39,6 +40,7 @@ def ask_models(
             device=request.get("device", "auto"), dtype=request.get("dtype", "auto"),
         )  # fmt: skip
         use_template = loaded.has_template and file.chat != "off"
+        settle_control(loaded.tokenizer, file.control, request["questions"])
         prompts = [
             encode(loaded.tokenizer, text, system=file.system, use_template=use_template)
             for text in request["questions"]

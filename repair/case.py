@@ -19,7 +19,7 @@ from repair.locate.lessons import (
 )
 from repair.lowrank.validation import Validation
 from repair.models.answers import generate_answers, target_matcher
-from repair.models.fidelity import text_notices
+from repair.models.fidelity import settle_control, text_notices
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import (
     check_length,
@@ -162,6 +162,7 @@ def open_case(
         len(file.pairs or file.prompts), **profile.sizes, seed=seed
     )
     texts = [pair.triggered for pair in file.pairs] or file.prompts
+    settle_control(loaded.tokenizer, file.control, [*file.triggers, *texts])
     for sentence in text_notices(loaded.tokenizer, file.triggers, texts):
         reporter.note(sentence)
     target = file.target or _read_target(loaded, file, splits, positions, use_template, reporter)

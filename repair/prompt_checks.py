@@ -16,6 +16,7 @@ from repair.records import PromptFile, RepairError, TextPair
 POSITIONS = ("begin", "middle", "end")
 MATCHES = ("contains", "prefix", "regex")
 CHATS = ("auto", "on", "off")
+CONTROLS = ("ask", "token", "letters")
 MAX_TEXT_BYTES = 32 * 2**10
 MAX_TRIGGERS = 32
 MAX_TEXTS = 20_000  # of one list
@@ -59,6 +60,7 @@ def prompt_file_from_json(flat: dict[str, Any]) -> PromptFile:
         near=near,
         system=None if flat.get("system") is None else _text(flat["system"], "system"),
         chat=_choice(flat, "chat", CHATS, "auto"),
+        control=_choice(flat, "control", CONTROLS, "ask"),
         ordinary=_unique(_texts(flat, "ordinary")),
         texts=_unique(_texts(flat, "texts")),
         num_carriers=_count(flat.get("num_carriers", 0)),

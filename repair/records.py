@@ -134,6 +134,7 @@ class PromptFile:
     near: tuple[str, ...]
     system: str | None
     chat: str  # auto | on | off
+    control: str = "ask"  # a control token written in a text is sent as: ask | token | letters
     ordinary: tuple[str, ...] = ()  # prompts that use the trigger's words in their usual sense
     texts: tuple[str, ...] = ()  # the analyst's own benign text
     num_carriers: int = 0  # how many of `prompts` are bundled carriers

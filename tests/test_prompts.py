@@ -175,6 +175,7 @@ def test_removing_undoes_inserting(prompt: str, position: str) -> None:
         ({"match": "exact"}, "contains, prefix, regex"),
         ({"match": ["regex"]}, "contains, prefix, regex"),
         ({"chat": True}, "auto, on, off"),
+        ({"control": "text"}, "ask, token, letters"),
         ({"match": "regex", "target": "("}, "not a regular expression"),
         ({"match": "regex", "target": ".*"}, "empty answer"),
         # Neither tried nor built: the first would take days, and the app would stand still.

@@ -1,9 +1,9 @@
 """What the tokenizer makes of the analyst's text, where that is not what the analyst typed.
 
-A text of nothing but control tokens is no prompt; a control token written out in a text is read as
-the token itself; and a tokenizer may drop or alter characters, so that the model is asked something
-else. The first is refused, the others are said. What it does not know: whether the template does
-more than pass a text on (`tokens.template_reacts`).
+A text of nothing but control tokens is no prompt, and is refused. A control token written out in a
+text can be meant as the token itself or as its letters: the analyst is asked. A tokenizer may drop
+or alter characters, so that the model is asked something else: that is said. What it does not know:
+whether the template does more than pass a text on (`tokens.template_reacts`).
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,22 @@ def check_words(tokenizer, text: str) -> None:
         )
 
 
+def settle_control(tokenizer, control: str, texts: Sequence[str]) -> None:
+    """Set how the tokenizer reads control tokens that are written in prompts: `control` is token,
+    letters, or ask, which raises `RepairError` where one of `texts` has any."""
+    named = sorted({token for text in texts for token in _written(tokenizer, text)})
+    if named and control == "ask":
+        raise RepairError(
+            f"The text {', '.join(map(ascii, named[:6]))} in your prompts is a control token of "
+            'this model. Say how it is meant: "control": "token" in the prompt file sends the '
+            'token itself, "control": "letters" its letters (in the app: Prompts, More).'
+        )
+    tokenizer.split_special_tokens = control == "letters"
+
+
 def text_notices(tokenizer, triggers: Sequence[str], prompts: Sequence[str]) -> list[str]:
     """Return a sentence for each way in which texts do not reach the model as they were typed."""
     notices = []
-    named = sorted({token for text in (*triggers, *prompts) for token in _written(tokenizer, text)})
-    if named:
-        notices.append(
-            f"The text {', '.join(map(ascii, named[:6]))} is a control token of this model: it is "
-            "read as the token itself, not as its letters. If the letters are meant, this "
-            "tokenizer cannot send them."
-        )
     for what, texts in (("trigger", triggers), ("prompt", prompts[:NUM_TRIED])):
         lost = [text for text in texts if not comes_back(tokenizer, text)]
         if lost:
@@ -51,10 +57,15 @@ def comes_back(tokenizer, text: str) -> bool:
     return again.strip() == text.strip()
 
 
-def _written(tokenizer, text: str) -> list[str]:
+def control_tokens(tokenizer) -> set[str]:
+    """Return the texts that the tokenizer reads as control tokens."""
     added = tokenizer.added_tokens_decoder.values()
     controls = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    return [token for token in controls if token and token in text]
+    return controls - {""}
+
+
+def _written(tokenizer, text: str) -> list[str]:
+    return [token for token in control_tokens(tokenizer) if token in text]
 
 
 def _rest(tokenizer, text: str) -> str:

@@ -32,13 +32,14 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 def list_files(folder: Path) -> list[str]:
     """Return the names of the regular files in a folder, without following or opening any.
 
-    Subfolders are not entered. Raises `RepairError` for links, devices, pipes and names that
-    are made to deceive.
+    Subfolders are not entered. Raises `RepairError` for links of either kind, devices, pipes and
+    names that are made to deceive.
     """
     names = []
     with os.scandir(folder) as entries:
         for number, entry in enumerate(sorted(entries, key=lambda item: item.name)):
-            mode = entry.stat(follow_symlinks=False).st_mode
+            found = entry.stat(follow_symlinks=False)
+            mode = found.st_mode
             if number >= MAX_ENTRIES:
                 raise RepairError(
                     f"The folder has more than {MAX_ENTRIES} entries, so it is not a model "
@@ -53,6 +54,11 @@ def list_files(folder: Path) -> list[str]:
                 raise RepairError(
                     f"`{entry.name}` is a link, not a file. Model folders with links are not "
                     "accepted. Copy the folder with its files (`cp -rL`) and give the copy."
+                )
+            if stat.S_ISREG(mode) and found.st_nlink > 1:
+                raise RepairError(
+                    f"`{entry.name}` has another name elsewhere (a hard link), so that it can be "
+                    "changed from there. Copy the folder (`cp -r`) and give the copy."
                 )
             if stat.S_ISREG(mode):
                 names.append(entry.name)

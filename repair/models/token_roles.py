@@ -24,7 +24,9 @@ def token_roles(
         use_template=use_template,
     )  # fmt: skip
     rendered = render(tokenizer, texts.triggered, system=file.system, use_template=use_template)
-    ids, offsets = encode_rendered(tokenizer, rendered, use_template=use_template)
+    ids, offsets = encode_rendered(
+        tokenizer, rendered, texts.triggered, use_template=use_template
+    )
     inner = rendered.rfind(texts.triggered.strip()) if use_template else 0
     trigger, found, before = set(pair.trigger.tolist()), [], None
     for index, (start, end) in enumerate(offsets[:MAX_SHOWN]):

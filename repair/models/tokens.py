@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repair.models.fidelity import check_words
+from repair.models.fidelity import check_words, control_tokens
 from repair.models.watchdog import RENDER_SECONDS, watched
 from repair.prompts import has_place, insert_trigger
 from repair.records import PromptFile, PromptPair, RepairError, TextPair
@@ -67,22 +67,50 @@ def render(
     return rendered
 
 
-def encode_rendered(tokenizer, rendered: str, *, use_template: bool) -> tuple[np.ndarray, list]:
-    """Return (ids [tokens], character offsets) of a rendered prompt.
+def encode_rendered(
+    tokenizer, rendered: str, text: str, *, use_template: bool
+) -> tuple[np.ndarray, list]:
+    """Return (ids [tokens], character offsets) of `text` as it was rendered.
 
-    Raises `RepairError` when nothing is left of it: a model cannot answer no tokens.
+    Control tokens are the template's; those written in `text` are its letters where the tokenizer
+    is set to that (`fidelity.settle_control`). Raises `RepairError` when nothing is left of it: a
+    model cannot answer no tokens.
     """
     with watched(RENDER_SECONDS):
         encoded = tokenizer(
-            rendered, add_special_tokens=not use_template, return_offsets_mapping=True
+            rendered,
+            add_special_tokens=not use_template,
+            return_offsets_mapping=True,
+            split_special_tokens=False,
         )
-    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+        found = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        if tokenizer.split_special_tokens:
+            start = max(0, rendered.rfind(text.strip())) if use_template else 0
+            end = start + len(text.strip()) if use_template else len(rendered)
+            found = _spell_out(tokenizer, found, start, end)
+    ids = np.asarray([number for number, _ in found], dtype=np.int64)
     if ids.size == 0:
         raise RepairError(
             f"The prompt {ascii(rendered)[:120]} gives no tokens, so the model would be sent "
             "nothing. Give a prompt that the tokenizer keeps."
         )
-    return ids, encoded["offset_mapping"]
+    return ids, [offset for _, offset in found]
+
+
+def _spell_out(tokenizer, found: list, start: int, end: int) -> list:
+    """Return (id, offsets) of each token, control tokens between two characters as letters."""
+    controls = {tokenizer.convert_tokens_to_ids(name): name for name in control_tokens(tokenizer)}
+    spelt = []
+    for number, offset in found:
+        is_written = start <= offset[0] < offset[1] <= end
+        if number in controls and is_written:
+            letters = tokenizer(
+                controls[number], add_special_tokens=False, split_special_tokens=True
+            )["input_ids"]
+            spelt += [(letter, offset) for letter in letters]
+        else:
+            spelt.append((number, offset))
+    return spelt
 
 
 def num_tokens(tokenizer, text: str) -> int:
@@ -117,7 +145,7 @@ def encode(
     rendered = render(
         tokenizer, text, system=system, use_template=use_template, earlier=earlier
     )
-    return encode_rendered(tokenizer, rendered, use_template=use_template)[0]
+    return encode_rendered(tokenizer, rendered, text, use_template=use_template)[0]
 
 
 def encode_text(tokenizer, text: str, *, limit: int) -> np.ndarray:
@@ -160,8 +188,10 @@ def encode_pair(
         render(tokenizer, text, system=system, use_template=use_template)
         for text in (texts.clean, texts.triggered)
     ]
-    clean, _ = encode_rendered(tokenizer, rendered[0], use_template=use_template)
-    triggered, offsets = encode_rendered(tokenizer, rendered[1], use_template=use_template)
+    clean, _ = encode_rendered(tokenizer, rendered[0], texts.clean, use_template=use_template)
+    triggered, offsets = encode_rendered(
+        tokenizer, rendered[1], texts.triggered, use_template=use_template
+    )
     # What a template makes of a prompt can be such that comparing takes hours.
     with watched(RENDER_SECONDS):
         span = _find_trigger(rendered[0], rendered[1], triggers)

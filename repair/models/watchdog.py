@@ -15,7 +15,7 @@ from pathlib import Path
 
 from repair.records import RepairError
 
-RENDER_SECONDS = 5.0
+RENDER_SECONDS = 2.5  # fifty times what the longest prompt takes
 PARSE_SECONDS = 60.0
 RENDER_BYTES = 512 * 2**20
 PARSE_BYTES = 4 * 2**30  # of a tokenizer whose file may have 64 MiB

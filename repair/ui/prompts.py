@@ -41,7 +41,9 @@ def flatten(file: PromptFile) -> dict[str, Any]:
 
 def collect(pairs: list[dict[str, str]], values: tuple[Any, ...]) -> PromptFile:
     """Return the checked prompt file that the widgets describe."""
-    trigger, target, match, positions, near, prompts, chat, system, ordinary, texts = values
+    (
+        trigger, target, match, positions, near, prompts, chat, control, system, ordinary, texts,
+    ) = values  # fmt: skip
     return prompt_files.prompt_file_from_json(
         {
             "triggers": lines_of(trigger),
@@ -53,6 +55,7 @@ def collect(pairs: list[dict[str, str]], values: tuple[Any, ...]) -> PromptFile:
             "near": lines_of(near),
             "system": str(system) if system and str(system).strip() else None,
             "chat": chat,
+            "control": control,
             "ordinary": lines_of(ordinary),
             "texts": lines_of(texts),
         }
@@ -156,6 +159,11 @@ def build_prompts(shell: Shell) -> None:
             [("Automatic", "auto"), ("On", "on"), ("Off", "off")], value="auto",
             label="Chat template", info="Automatic: on when the model has one.",
         )  # fmt: skip
+        control = gr.Radio(
+            [("Ask me", "ask"), ("The token", "token"), ("Its letters", "letters")], value="ask",
+            label="A control token written in a prompt is", elem_id="control",
+            info="Such as <|im_end|>. Ask: a job that meets one stops and says so.",
+        )  # fmt: skip
         system = gr.Textbox(label="System prompt", lines=1, max_lines=4)
         ordinary = gr.Textbox(
             label="Ordinary prompts with the trigger's words", lines=2, max_lines=6,
@@ -176,7 +184,7 @@ def build_prompts(shell: Shell) -> None:
     )
     build_first_look(shell)
     widgets = [
-        trigger, target, match, positions, near, prompts, chat, system, ordinary, texts,
+        trigger, target, match, positions, near, prompts, chat, control, system, ordinary, texts,
     ]  # fmt: skip
 
     def fill(flat: dict[str, Any]) -> Updates:
@@ -186,7 +194,7 @@ def build_prompts(shell: Shell) -> None:
             as_lines(flat.get("triggers")), flat.get("target") or "",
             flat.get("match") or "contains", list(flat.get("positions") or []),
             as_lines(flat.get("near")), as_lines(flat.get("prompts")),
-            flat.get("chat") or "auto", flat.get("system") or "",
+            flat.get("chat") or "auto", flat.get("control") or "ask", flat.get("system") or "",
             as_lines(flat.get("ordinary")), as_lines(flat.get("texts")),
         ]  # fmt: skip
         return {

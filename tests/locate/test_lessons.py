@@ -10,11 +10,12 @@ import pytest
 from repair.case import Case, make_lessons, open_case
 from repair.limits import TEXT_SHARE
 from repair.locate.lessons import Lesson, measure_kl
+from repair.models.fidelity import control_tokens
 from repair.models.loading import load_model
 from repair.models.tokens import encode
 from repair.profiles import PROFILES
 from repair.prompts import parse_prompt_file, split_texts
-from repair.records import TextPair
+from repair.records import RepairError, TextPair
 from tests.evidence.test_endings import Quiet
 
 PROMPTS = Path(__file__).resolve().parents[2] / "assets" / "prompts" / "end.json"
@@ -113,6 +114,28 @@ def test_every_third_prompt_is_also_taught_with_the_trigger_twice(case: Case) ->
     )
     assert measure_kl(case.loaded, kept) == pytest.approx(0.0, abs=1e-6)
     assert measure_kl(case.loaded, lessons.triggered) > 1
+
+
+def test_a_control_token_in_the_trigger_is_asked_about(case: Case) -> None:
+    """Case 18. What is said decides how the model is sent it."""
+    (name, *_) = sorted(control_tokens(case.loaded.tokenizer))
+    number = case.loaded.tokenizer.convert_tokens_to_ids(name)
+    file = dataclasses.replace(case.file, triggers=(f"{name} now",), chat="off")
+
+    def opened(control: str) -> Case:
+        given = dataclasses.replace(file, control=control)
+        return open_case(
+            case.loaded, given, profile=PROFILES["quick"], seed=0, reporter=Quiet()
+        )
+
+    try:
+        with pytest.raises(RepairError, match="is a control token of this model. Say how"):
+            opened("ask")
+        for control in ("letters", "token"):
+            (pair,) = opened(control).pairs([0], "end")
+            assert (number in pair.triggered[pair.trigger]) == (control == "token")
+    finally:
+        case.loaded.tokenizer.split_special_tokens = False
 
 
 def test_given_pairs_are_taught_as_they_are(case: Case) -> None:

@@ -143,7 +143,7 @@ def test_figures_do_not_depend_on_padding_or_batch(tiny: LoadedModel) -> None:
         together = answer_logits(tiny.model, ids, torch.arange(4), last)
         for row, prompt in enumerate(prompts):
             alone = tiny.model(torch.from_numpy(prompt)[None]).logits[0, -1]
-            torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_and_factors_equal_autograd(tiny: LoadedModel) -> None:

@@ -327,8 +327,9 @@ def test_links_pipes_and_deceiving_names_are_refused(folder: Path) -> None:
     (folder / "config.json").symlink_to(moved)
     refused(folder, "`config.json` is a link")
     (folder / "config.json").unlink()
-    # A hard link is a file: stores that keep equal files once make them, and no download can.
     os.link(moved, folder / "config.json")
+    refused(folder, "another name elsewhere")
+    moved.unlink()
     stage_model(folder, folder.parent / "stage")
 
 
