@@ -32,7 +32,7 @@ from repair.records import LowRankUpdate, ModuleRef
 DROPS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)  # predicted drop of J, in units of J
 BUDGET_MARGIN = 0.75  # of the KL budget: the rest is for prompts not seen here
 SHORTER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # lengths of the whole update tried in the end
-ABOUT_AS_GOOD = 1.2  # times the objective of the whole update
+ABOUT_AS_GOOD = 1.2  # times the trigger KL of the whole update
 SEARCH_PROMPTS = 32  # of either kind, along the length; a step is taken on all of them
 GRADIENT_PROMPTS = 128
 ENOUGH_GAIN = 0.05  # of the objective: an iteration that gains less is the last
@@ -165,10 +165,10 @@ def _shorten(
     held_out: HeldOut,
     last: StepReport,
 ) -> tuple[tuple[LowRankUpdate, ...], StepReport]:
-    """Return the shortest form of the whole update that is about as good as all of it.
+    """Return the shortest form of the whole update that leaves about as little of the trigger.
 
-    Near its optimum the objective hardly depends on the length, while benign KL grows with its
-    square, and on prompts not seen here faster than on these.
+    Near its optimum trigger KL hardly depends on the length, while benign KL grows with its square,
+    and on prompts not seen here faster than on these.
     """
     for scale in SHORTER:
         tried = tuple(
@@ -180,16 +180,13 @@ def _shorten(
             for update in updates
         )
         trigger_kl = held_out.trigger_kl(loaded, tried)
-        if trigger_kl > ABOUT_AS_GOOD * last.objective:
-            continue  # whatever it costs
-        step = StepReport(
-            iteration=last.iteration,
-            trigger_kl=trigger_kl,
-            benign_kl=held_out.benign_kl(loaded, tried),
-            predicted_kl=predict_cost(tried, whitenings),
-        )
-        if step.objective <= ABOUT_AS_GOOD * last.objective:
-            return tried, step
+        if trigger_kl <= ABOUT_AS_GOOD * last.trigger_kl:
+            return tried, StepReport(
+                iteration=last.iteration,
+                trigger_kl=trigger_kl,
+                benign_kl=held_out.benign_kl(loaded, tried),
+                predicted_kl=predict_cost(tried, whitenings),
+            )
     return updates, last
 
 
