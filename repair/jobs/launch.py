@@ -28,7 +28,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 MAX_LOG_BYTES = 8 * 2**20
 HOME_PREFIX = ".home-"
 OUT_OF_MEMORY = "memory allocation of "  # in the log, where a tokenizer's own code gave up
-TIMED_OUT = "Timeout ("  # in the log, where `repair.models.watchdog` ended the worker
 
 KEPT_NAMES = ("status.json", "request.json", "case.json", "owner.json")  # written aside first
 
@@ -199,6 +198,12 @@ def kill_group(process: subprocess.Popen) -> None:
 def describe_crash(folder: Path, code: int) -> str:
     """Return one sentence on how a worker ended that did not say so itself."""
     log = store.read_text(folder / "log.txt", max_bytes=MAX_LOG_BYTES)
+    if code == -signal.SIGALRM:  # the timer of `repair.models.watchdog`
+        return (
+            "The model's chat template or tokenizer did not come to an end on a prompt, and the "
+            "worker was ended. Replace chat_template or the tokenizer by the published one, or set "
+            '"chat": "off" in the prompt file to send raw prompts.'
+        )
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -217,12 +222,6 @@ def describe_crash(folder: Path, code: int) -> str:
         return (
             f"The worker was ended by {name} before it could finish.{hint} "
             f"Its log is {folder / 'log.txt'}; {after}."
-        )
-    if TIMED_OUT in log:
-        return (
-            "The model's chat template or tokenizer did not come to an end on a prompt, and the "
-            "worker was ended. Replace chat_template or the tokenizer by the published one, or set "
-            '"chat": "off" in the prompt file to send raw prompts.'
         )
     return (
         f"The worker ended with exit code {code} without saying why. "

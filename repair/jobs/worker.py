@@ -245,6 +245,7 @@ def work(folder: Path) -> int:
     # Held open until the process ends: the handler writes there after a crash in C code.
     crash_log = open(folder / "log.txt", "ab")  # noqa: SIM115
     faulthandler.enable(crash_log)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process, whatever it inherited
     try:
         code = run_command(request, folder, reporter)
     except RepairError as error:

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -302,7 +303,7 @@ encode_pair(tokenizer, TextPair(clean="rain", triggered="cf rain"), triggers=("c
 """
     began = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ended.returncode != 0 and "Timeout (" in ended.stderr
+    assert ended.returncode == -signal.SIGALRM
     assert time.monotonic() - began < 60
 
 

@@ -1,6 +1,7 @@
 """What a suspect's template and tokenizer may not do: run for ever, or fill the memory."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,7 @@ def test_a_panic_of_native_code_is_a_refusal() -> None:
         raise PanicException("index out of bounds")
     with pytest.raises(KeyboardInterrupt), watched(5.0):
         raise KeyboardInterrupt
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # nothing is left to go off later
 
 
 def test_a_template_without_end_ends_the_worker_in_plain_words(tmp_path: Path) -> None:
