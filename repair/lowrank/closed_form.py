@@ -30,7 +30,7 @@ from repair.models.loading import LoadedModel
 from repair.records import LowRankUpdate, ModuleRef
 
 DROPS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)  # predicted drop of J, in units of J
-BUDGET_MARGIN = 0.75  # of the KL budget: the rest is for prompts not seen here
+BUDGET_MARGIN = 0.6  # of the KL budget: the rest is for prompts not seen here
 SHORTER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # lengths of the whole update tried in the end
 ABOUT_AS_GOOD = 1.2  # times the trigger KL of the whole update
 SEARCH_PROMPTS = 32  # of either kind, along the length; a step is taken on all of them
