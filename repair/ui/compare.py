@@ -132,7 +132,7 @@ def build_compare(shell: Shell) -> None:
             datatype="str",
             interactive=False, label="Controls: other repairs of the same size", wrap=True,
             elem_id="controls", buttons=[],
-            column_widths=["220px", "420px", "90px", "90px", "90px"],
+            column_widths=["220px", "320px", "90px", "110px", "90px", "100px"],
         )  # fmt: skip
         growth = gr.Dataframe(
             headers=["Choice", "Modules", "Total rank", "Attack success", "Trigger KL",
