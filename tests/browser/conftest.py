@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 from tests.browser.pages import HOSTILE, REPOSITORY, find_chromium, free_port
 
-START_SECONDS = 30
+START_SECONDS = 120  # the first start of a fresh installation, from a cold disk
 # On a loaded machine an answer takes longer than the five seconds that are usual.
 expect.set_options(timeout=30_000)
 ACCOUNTS = {"ana": "the password of ana", "ben": "the password of ben"}

@@ -19,7 +19,7 @@ import httpx
 from repair.jobs import store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 NEVER = 30.0  # seconds
 
 
