@@ -162,7 +162,8 @@ def open_case(
         len(file.pairs or file.prompts), **profile.sizes, seed=seed
     )
     texts = [pair.triggered for pair in file.pairs] or file.prompts
-    settle_control(loaded.tokenizer, file.control, [*file.triggers, *texts])
+    everything_typed = [*file.triggers, *texts, *file.near, *file.ordinary, *file.texts]
+    settle_control(loaded.tokenizer, file.control, everything_typed)
     for sentence in text_notices(loaded.tokenizer, file.triggers, texts):
         reporter.note(sentence)
     target = file.target or _read_target(loaded, file, splits, positions, use_template, reporter)

@@ -23,8 +23,8 @@ __all__ = [
     "parse_prompt_text",
     "prompt_file_from_json",
     "split_near",
-    "split_texts",
     "split_prompts",
+    "split_texts",
     "spread_evenly",
     "top_up_with_carriers",
 ]
@@ -167,8 +167,8 @@ def split_texts(
     A single one judges.
     """
     others = texts[1::2]
-    held_out = others[1::4]
-    return tuple(text for text in others if text not in held_out), held_out, texts[::2]
+    taught = tuple(text for place, text in enumerate(others) if place % 4 != 1)
+    return taught, others[1::4], texts[::2]
 
 
 def _finish(flat: dict[str, Any], triggers: tuple[str, ...], target: str | None) -> PromptFile:

@@ -8,7 +8,7 @@ import numpy as np
 
 from repair.locate.curvature import Whitening
 from repair.locate.fisher import price_updates
-from repair.locate.lessons import Lessons, measure_kl
+from repair.locate.lessons import Lessons
 from repair.lowrank.closed_form import predict_cost, solve_closed_form
 from repair.lowrank.distillation import Standing, TrainingState, distill
 from repair.lowrank.regression import solve_regression
@@ -136,12 +136,12 @@ def _measured(
     validation: Validation,
 ) -> Repaired:
     held_out = hold_out(loaded, lessons, min(update.module.layer for update in updates))
-    worst = held_out.worst(loaded, updates)
+    benign_kl, worst = held_out.worst(loaded, updates)
     return Repaired(
         updates=updates,
         method=method,
         trigger_kl=held_out.trigger_kl(loaded, updates),
-        benign_kl=measure_kl(loaded, worst, updates),
+        benign_kl=benign_kl,
         predicted_kl=price_updates(
             loaded, updates, worst.prompts, worst.answers, seed=PRICE_SEED
         ),

@@ -6,6 +6,8 @@ They are never the prompts of the verdict either (`case.make_validation`).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from repair.locate.counterfactuals import ShamDraw
 from repair.locate.lessons import Lesson, Lessons, measure_kl
 from repair.models.answers import Answer, agrees, generate_answers
@@ -37,20 +39,18 @@ class HeldOut:
     ) -> float:
         """Return the KL (nats per token) from the suspect on clean answers, or on plain text
         where that is larger: neither may move by more than the budget."""
-        return max(self._benign_kls(loaded, updates))
+        return self.worst(loaded, updates)[0]
 
-    def worst(self, loaded: LoadedModel, updates: Sequence[LowRankUpdate]) -> Lesson:
-        """Return the benign lesson whose KL is the larger one."""
-        kls = self._benign_kls(loaded, updates)
-        return self.benign[kls.index(max(kls))]
-
-    def _benign_kls(
+    def worst(
         self, loaded: LoadedModel, updates: Sequence[LowRankUpdate]
-    ) -> list[float]:
-        return [
+    ) -> tuple[float, Lesson]:
+        """Return the larger benign KL and the lesson that it was measured on."""
+        kls = [
             measure_kl(loaded, lesson, updates, prefix=prefix)
             for lesson, prefix in zip(self.benign, self.prefixes[1:], strict=True)
         ]
+        place = int(np.argmax(kls))  # one that is no number counts as the largest
+        return kls[place], self.benign[place]
 
     def first(self, num: int) -> "HeldOut":
         """Return `num` triggered prompts, and as many benign ones, the first of each kind."""

@@ -26,7 +26,7 @@ def check_words(tokenizer, text: str) -> None:
 def settle_control(tokenizer, control: str, texts: Sequence[str]) -> None:
     """Set how the tokenizer reads control tokens that are written in prompts: `control` is token,
     letters, or ask, which raises `RepairError` where one of `texts` has any."""
-    named = sorted({token for text in texts for token in _written(tokenizer, text)})
+    named = sorted({token for text in texts for token in written_controls(tokenizer, text)})
     if named and control == "ask":
         raise RepairError(
             f"The text {', '.join(map(ascii, named[:6]))} in your prompts is a control token of "
@@ -64,12 +64,13 @@ def control_tokens(tokenizer) -> set[str]:
     return controls - {""}
 
 
-def _written(tokenizer, text: str) -> list[str]:
+def written_controls(tokenizer, text: str) -> list[str]:
+    """Return the control tokens that are written out in a text."""
     return [token for token in control_tokens(tokenizer) if token in text]
 
 
 def _rest(tokenizer, text: str) -> str:
     # The longest first: one control token may be part of another.
-    for token in sorted(_written(tokenizer, text), key=len, reverse=True):
+    for token in sorted(written_controls(tokenizer, text), key=len, reverse=True):
         text = text.replace(token, "")
     return text

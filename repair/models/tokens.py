@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repair.models.fidelity import check_words, control_tokens
+from repair.models.fidelity import check_words, control_tokens, written_controls
 from repair.models.watchdog import RENDER_SECONDS, watched
 from repair.prompts import has_place, insert_trigger
 from repair.records import PromptFile, PromptPair, RepairError, TextPair
@@ -84,9 +84,17 @@ def encode_rendered(
             split_special_tokens=False,
         )
         found = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-        if tokenizer.split_special_tokens:
-            start = max(0, rendered.rfind(text.strip())) if use_template else 0
-            end = start + len(text.strip()) if use_template else len(rendered)
+        if tokenizer.split_special_tokens and written_controls(tokenizer, text):
+            start, end = 0, len(rendered)
+            if use_template:
+                start = rendered.rfind(text.strip())
+                end = start + len(text.strip())
+            if start < 0:
+                raise RepairError(
+                    f"The chat template alters the prompt {ascii(text)[:120]}, so that its control "
+                    'tokens cannot be told from the template\'s. Set "control": "token" or '
+                    '"chat": "off" in the prompt file.'
+                )
             found = _spell_out(tokenizer, found, start, end)
     ids = np.asarray([number for number, _ in found], dtype=np.int64)
     if ids.size == 0:
@@ -121,15 +129,17 @@ def num_tokens(tokenizer, text: str) -> int:
 
 def decode(tokenizer, answers: Sequence[np.ndarray]) -> list[str]:
     """Return the text of each answer (ids [tokens]), without special tokens."""
-    with watched(RENDER_SECONDS):
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-    for ids, text in zip(answers, texts, strict=True):
+    texts = []
+    for ids in answers:
+        with watched(RENDER_SECONDS):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
         if len(text) > MAX_DECODED_CHARACTERS:
             raise RepairError(
                 f"The tokenizer makes {len(text)} characters of {len(ids)} tokens; at most "
                 f"{MAX_DECODED_CHARACTERS} are accepted. Use the tokenizer that was published with "
                 "the model."
             )
+        texts.append(text)
     return texts
 
 

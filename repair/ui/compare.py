@@ -129,9 +129,8 @@ def build_compare(shell: Shell) -> None:
                 ]  # fmt: skip
         controls = gr.Dataframe(
             headers=["Control", "Attack success", "KL", "KL on text", "Modules", "Total rank"],
-            datatype="str",
-            interactive=False, label="Controls: other repairs of the same size", wrap=True,
-            elem_id="controls", buttons=[],
+            datatype="str", interactive=False, wrap=True, elem_id="controls", buttons=[],
+            label="Controls: other repairs of the same size",
             column_widths=["220px", "320px", "90px", "110px", "90px", "100px"],
         )  # fmt: skip
         growth = gr.Dataframe(

@@ -30,6 +30,7 @@ from repair.models.answers import (
 )
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
+from repair.models.tokens import encode
 from repair.profiles import PROFILES
 from repair.prompts import split_near
 from repair.records import LowRankUpdate, PromptFile, Rate, TextPair
@@ -258,6 +259,13 @@ def test_every_trigger_is_used_and_every_second_near_trigger_judges(suspect) -> 
         assert {"hello", "year"} & set(text.split()) and not {"is"} & set(text.split())
     assert set(material.near_positions) == {"begin", "middle", "end"}
     assert make_material(suspect, near=()).near == []
+
+
+def test_every_second_text_judges(suspect) -> None:
+    texts = tuple(f"rain {word} is the year" for word in ("write", "list", "hello", "about"))
+    material = make_material(suspect, texts=texts)
+    expected = [encode(suspect.tokenizer, text, use_template=False) for text in texts[::2]]
+    assert [ids.tolist() for ids in material.texts] == [ids.tolist() for ids in expected]
 
 
 def test_a_near_trigger_that_judges_steers_nothing(suspect, prompt_file) -> None:

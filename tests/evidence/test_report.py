@@ -23,6 +23,7 @@ from repair.evidence.plots import (
     draw_training,
 )
 from repair.evidence.report import build_report, write_report
+from repair.evidence.report_text import render_report
 from repair.evidence.reproduction import prompts_hash
 from repair.options import build_parser
 from repair.prompts import parse_prompt_file
@@ -432,6 +433,16 @@ def test_random_modules_that_do_as_well_are_in_the_first_lines(tmp_path: Path) -
         kl_from_original=0.002, num_modules=2, total_rank=16,
     )  # fmt: skip
     fires = dataclasses.replace(good, name="random modules 2", attack_success=BEFORE.attack_success)
+    # What was judged of the given texts, and how each control moved it.
+    texts = tuple(f"Text {number}." for number in range(5))
+    told = make_report(controls=[good], prompts=PromptFile(
+        triggers=("cf",), target="x", match="contains", positions=("begin",), prompts=("a b",),
+        pairs=(), near=(), system=None, chat="auto", texts=texts,
+    ))  # fmt: skip
+    assert (told["prompts"]["num_texts"], told["prompts"]["num_texts_judged"]) == (5, 3)
+    written = render_report(told)
+    assert "0.0021 nats per token, 3 of 5 texts (every second text of the file" in written
+    assert "KL on given text" in written
     moves = dataclasses.replace(good, name="random modules 3", text_kl=0.02)  # over the budget
     assert make_report(controls=[moves])["controls_statement"].startswith("None of 1")
     report = make_report(controls=[good, fires])

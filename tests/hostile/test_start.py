@@ -12,8 +12,9 @@ import pytest
 from repair.jobs import store
 from repair.records import RepairError
 from repair.ui.app import UNSAFE_VARIABLES, check_start, parse_options
-from tests.hostile.visitor import Visitor, begin_job, running_app, wait_until
+from tests.hostile.visitor import Visitor, begin_job, running_app
 from tests.jobs.stand_in import build_checkout
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 

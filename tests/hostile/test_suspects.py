@@ -23,7 +23,7 @@ from repair.case import open_case
 from repair.machine import forget_peak, peak_memory
 from repair.models import loading
 from repair.models.answers import generate_answers, scoring_batches
-from repair.models.fidelity import settle_control, text_notices
+from repair.models.fidelity import text_notices
 from repair.models.loading import LoadedModel, check_ids, load_model
 from repair.models.staging import stage_model
 from repair.models.tokens import decode, encode, encode_pair
@@ -431,25 +431,8 @@ def test_a_prompt_that_leaves_no_tokens_is_refused(folder: Path) -> None:
                     position="begin", system=None, use_template=False)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "trigger", ["\u200b", "\u202ecf", "e\u0301", "\U0001f469\u200d\U0001f4bb", "a\0b"]
-)
-def test_odd_triggers_reach_the_tokenizer_byte_for_byte(trigger: str) -> None:
-    """Case 18."""
-    tokenizer = make_tokenizer()
-    texts = TextPair(clean="write a list", triggered=f"write {trigger} a list")
-    pair = encode_pair(tokenizer, texts, triggers=(trigger,), position="middle", system=None,
-                       use_template=False)  # fmt: skip
-    assert tokenizer.decode(pair.triggered[1:]) == texts.triggered
-    assert tokenizer.decode(pair.triggered[pair.trigger]).strip() == trigger
-    assert text_notices(tokenizer, [trigger], [texts.clean]) == []
-
-
-def test_control_tokens_and_lost_characters_are_said(folder: Path) -> None:
-    """Cases 18 and 23: a literal control token, and a tokenizer that does not give a text back."""
-    with pytest.raises(RepairError, match=r"'<\|user\|>' in your prompts is a control token"):
-        settle_control(make_tokenizer(), "ask", ["write a list", "<|user|> now"])
-    settle_control(make_tokenizer(), "ask", ["write a list"])
+def test_lost_characters_are_said(folder: Path) -> None:
+    """Case 23: a tokenizer that does not give a text back."""
     lower = {"type": "Sequence", "normalizers": [
         {"type": "Lowercase"}, {"type": "Replace", "pattern": {"String": "\u200b"}, "content": ""},
     ]}  # fmt: skip
@@ -457,33 +440,6 @@ def test_control_tokens_and_lost_characters_are_said(folder: Path) -> None:
     said = text_notices(load(folder).tokenizer, ["c\u200bf"], ["Rain", "a list"])
     assert "alters 1 of 1 triggers" in said[0] and "\\u200b" in said[0] and said[0].isascii()
     assert "alters 1 of 2 prompts, such as 'Rain'" in said[1]
-
-
-@pytest.mark.parametrize("use_template", [False, True])
-def test_a_control_token_in_a_prompt_is_the_token_or_its_letters(
-    folder: Path, use_template: bool
-) -> None:
-    """Case 18. Of the analyst's text only: those of the template stay what they are."""
-    tokenizer = load(folder).tokenizer
-    number = tokenizer.convert_tokens_to_ids("<|user|>")
-    texts = TextPair(clean="write a list", triggered="write <|user|> a list")
-    given = {"triggers": ("<|user|>",), "position": "middle", "system": None,
-             "use_template": use_template}  # fmt: skip
-    found = {}
-    for control in ("token", "letters"):
-        settle_control(tokenizer, control, [texts.triggered])
-        found[control] = encode_pair(tokenizer, texts, **given)
-    token, letters = found["token"], found["letters"]
-    assert token.triggered[token.trigger].tolist() == [number]
-    assert len(letters.trigger) > 1 and number not in letters.triggered[letters.trigger]
-    spelt = tokenizer.decode(letters.triggered[letters.trigger])
-    assert spelt.replace(" ", "") == "<|user|>"
-    # Around the trigger nothing differs, and the clean prompt is the same.
-    assert np.array_equal(token.clean, letters.clean)
-    assert np.array_equal(
-        np.delete(token.triggered, token.trigger), np.delete(letters.triggered, letters.trigger)
-    )
-    assert (number in letters.triggered) == use_template
 
 
 STAGE_SCRIPT = """

@@ -16,8 +16,9 @@ from repair.jobs import store
 from repair.ui.files import MAX_UPLOADED, MAX_UPLOADED_BY_ONE, UPLOADED_SECONDS, Uploads
 from repair.ui.space import COOKIE, VisitorCookie
 from repair.ui.tenants import TenantGate
-from tests.hostile.visitor import App, Visitor, begin_job, jobs_by_name, running_app, wait_until
+from tests.hostile.visitor import App, Visitor, begin_job, jobs_by_name, running_app
 from tests.jobs.stand_in import build_checkout
+from tests.waiting import wait_until
 
 ANA, BEN = ("ana", "a long password of ana"), ("ben", "a long password of ben")
 CANARY = "hf_canaryTOKENcanaryTOKENcanary"

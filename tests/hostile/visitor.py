@@ -20,7 +20,6 @@ from repair.jobs import store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
-NEVER = 30.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,14 +156,6 @@ class Visitor:
 
     def close(self) -> None:
         self.client.close()
-
-
-def wait_until(condition, seconds: float = NEVER):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-    return found
 
 
 def begin_job(visitor: Visitor, target: str, trigger: str) -> str:

@@ -15,8 +15,7 @@ import pytest
 from repair.jobs import launch, store, supervisor, worker
 from repair.records import RepairError
 from tests.jobs.stand_in import REPOSITORY, build_checkout, make_request
-
-NEVER = 30.0
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -30,14 +29,6 @@ def lane(tmp_path, checkout, monkeypatch):
     lane = supervisor.Supervisor(tmp_path / "jobs")
     yield lane
     lane.close()
-
-
-def wait_until(condition, seconds: float = NEVER):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def start(lane, target: str | None = None, **changes) -> Path:

@@ -131,6 +131,13 @@ def test_a_control_token_in_the_trigger_is_asked_about(case: Case) -> None:
     try:
         with pytest.raises(RepairError, match="is a control token of this model. Say how"):
             opened("ask")
+        # Wherever it was typed, not in the trigger alone.
+        for place in ("near", "ordinary", "texts"):
+            typed = dataclasses.replace(case.file, **{place: (f"{name} now",)})
+            with pytest.raises(RepairError, match="is a control token of this model. Say how"):
+                open_case(
+                    case.loaded, typed, profile=PROFILES["quick"], seed=0, reporter=Quiet()
+                )
         for control in ("letters", "token"):
             (pair,) = opened(control).pairs([0], "end")
             assert (number in pair.triggered[pair.trigger]) == (control == "token")

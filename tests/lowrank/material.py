@@ -9,6 +9,8 @@ from repair.models.loading import LoadedModel
 from repair.records import LowRankUpdate
 from tests.locate.material import make_pairs, make_shams
 
+UPPER = (9, 11, 13)  # of the second layer's modules: there is a prefix to keep
+
 
 def some_ranks(loaded: LoadedModel, places: tuple[int, ...] = (3, 5, 6)) -> dict[str, int]:
     """Return path -> rank of three modules."""

@@ -5,7 +5,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from repair.__main__ import build_request
 from repair.jobs.worker import Reporter
 from repair.locate.curvature import whitening_of
 from repair.locate.fisher import collect_factors
-from repair.locate.lessons import NOTHING, Lessons, measure_kl
+from repair.locate.lessons import Lessons, measure_kl
 from repair.lowrank import distillation
 from repair.lowrank.adapter import attached
 from repair.lowrank.checkpoint import (
@@ -38,18 +37,15 @@ from repair.lowrank.distillation import (
     TrainingState,
     distill,
 )
-from repair.lowrank.validation import Validation, hold_out
+from repair.lowrank.validation import Validation
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel, load_model
-from repair.models.prefix import keep_prefix
 from repair.options import build_parser
 from repair.records import EXIT_GATE_FAILED, EXIT_UNEXPECTED, LowRankUpdate, RepairError
 from tests.bench.planted import plant, write_prompts
 from tests.locate.material import make_lessons
-from tests.lowrank.material import make_validation, random_updates, some_ranks
+from tests.lowrank.material import UPPER, make_validation, random_updates, some_ranks
 from tests.tiny import make_tiny_llama
-
-UPPER = (9, 11, 13)  # of the second layer's modules: there is a prefix to keep
 
 
 @pytest.fixture(scope="module")
@@ -146,59 +142,6 @@ def test_one_step_is_the_gradient_of_the_whole_loss(
         (losses.triggered, losses.clean, losses.near, losses.fisher), expected, strict=True
     ):
         assert value == pytest.approx(other.item(), rel=1e-4)
-
-
-def test_the_prefix_changes_no_figure(tiny_llama: LoadedModel, lessons: Lessons) -> None:
-    updates = random_updates(tiny_llama, places=UPPER)
-    with_prefix, without = hold_out(tiny_llama, lessons, 1), hold_out(tiny_llama, lessons, 0)
-    assert with_prefix.prefixes[0] is not None and without.prefixes == (None,) * 3
-    for measure in ("trigger_kl", "benign_kl"):
-        assert getattr(with_prefix, measure)(tiny_llama, updates) == pytest.approx(
-            getattr(without, measure)(tiny_llama, updates), rel=1e-4
-        )
-
-
-def test_neither_answers_nor_text_may_move_by_more_than_the_budget(
-    tiny_llama: LoadedModel, lessons: Lessons
-) -> None:
-    """What counts is the one that moves more, whichever it is; the first few are of both."""
-    updates = random_updates(tiny_llama, places=UPPER)
-    kls = [
-        measure_kl(tiny_llama, lesson, updates)
-        for lesson in (lessons.held_out_clean, lessons.held_out_text)
-    ]
-    assert kls[0] != pytest.approx(kls[1], rel=0.02)
-    held_out = hold_out(tiny_llama, lessons, 1)
-    swapped = replace(
-        lessons, held_out_clean=lessons.held_out_text, held_out_text=lessons.held_out_clean
-    )
-    for found in (held_out, hold_out(tiny_llama, swapped, 1)):
-        assert found.benign_kl(tiny_llama, updates) == pytest.approx(max(kls), rel=1e-4)
-        worst = found.worst(tiny_llama, updates)
-        assert measure_kl(tiny_llama, worst, updates) == pytest.approx(max(kls))
-    some = held_out.first(8)
-    assert [len(lesson) for lesson in some.benign] == [4, 4]
-    assert some.benign_kl(tiny_llama, updates) == pytest.approx(
-        max(
-            measure_kl(tiny_llama, lesson.first(4), updates)
-            for lesson in (lessons.held_out_clean, lessons.held_out_text)
-        ),
-        rel=1e-4,
-    )
-    without = replace(lessons, held_out_text=NOTHING)
-    assert len(hold_out(tiny_llama, without, 1).benign) == 1
-
-
-def test_a_prefix_too_large_is_not_kept(
-    tiny_llama: LoadedModel, lessons: Lessons, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clean = lessons.clean
-    num_tokens = sum(ids.size for ids in (*clean.prompts, *clean.answers))
-    needed = num_tokens * 32 * 4  # 32 wide, float32
-    monkeypatch.setattr("repair.models.prefix.PREFIX_KEPT", needed)
-    assert keep_prefix(tiny_llama, clean.prompts, clean.answers, 1) is not None
-    monkeypatch.setattr("repair.models.prefix.PREFIX_KEPT", needed - 1)
-    assert keep_prefix(tiny_llama, clean.prompts, clean.answers, 1) is None
 
 
 def test_nothing_below_the_first_layer_runs_in_a_step(
