@@ -5,11 +5,13 @@
 Seven backdoors: the three bundled suspects and the four of `organisms.py`. Each is located as the
 app does it. Then every linear module is repaired alone, with the same small budget (closed form,
 rank 4, one linearisation), and its outcome (trigger KL + benign KL, on prompts used for nothing
-else) is correlated with every score that the app shows (Spearman). And the suggested set is
-repaired beside 20 random sets of the same components and ranks: how many cost more benign KL at
-the trigger KL that the suggestion reaches (a set that never reaches it costs more), and at the one
-that each of them reaches, and what still fires. A suspect that is already in DIR is not measured
-again. Writes results/map_predicts.json.
+else) is correlated with every score that the app shows (Spearman). So is the outcome of a repair
+that shares nothing with the score but the module: LoRA of rank 4 there alone, trained by Adam for
+40 steps on the suspect's own answers. And the suggested set is repaired beside 20 random sets of
+the same components and ranks: how many cost more benign KL at the trigger KL that the suggestion
+reaches (a set that never reaches it costs more), and at the one that each of them reaches, and
+what still fires. A suspect that is already in DIR is not measured again. Writes
+results/map_predicts.json.
 """
 
 import argparse
@@ -22,25 +24,29 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from repair.case import Case, make_lessons, open_case
 from repair.evidence.controls import draw_random_modules
 from repair.locate import locating
-from repair.locate.lessons import Lessons, Taught, measure_kl, teach_split
+from repair.locate.lessons import Lessons, Taught, kl_from_teacher, measure_kl, teach_split
 from repair.locate.steps import Curvature, measure_curvature
+from repair.lowrank.adapter import attached, read_updates
 from repair.lowrank.closed_form import solve_closed_form
-from repair.models.answers import generate_answers
+from repair.lowrank.repairing import neutral_updates
+from repair.models.answers import answer_logits, generate_answers, scoring_batches
 from repair.models.hooks import apply_updates
 from repair.models.loading import load_model
 from repair.plan import MAX_MODULES, TOTAL_RANK
 from repair.profiles import PROFILES
 from repair.prompts import parse_prompt_file
-from repair.records import LowRankUpdate, ModuleRanking, Rate
+from repair.records import LowRankUpdate, ModuleRanking, ModuleRef, Rate
 from tests.bench.organisms import ORGANISMS, make_organism
 from tests.bench.peers import ROOT, publish
 
 BUNDLED = ("begin", "middle", "end")
 RANK, ITERATIONS, NUM_LESSONS = 4, 1, 64  # the small budget
+TRAINED_STEPS, TRAINED_ROWS, TRAINED_RATE = 40, 12, 3e-3
 NUM_EXAM, NUM_ASKED, ANSWER_TOKENS = 128, 64, 32
 NUM_RANDOM = 20
 SHORT = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2)  # where the suggestion is as weak as a random set
@@ -111,6 +117,33 @@ class Bench:
             kl_budget=0.02, num_iterations=ITERATIONS,
         )  # fmt: skip
         return updates
+
+    def train(self, module: ModuleRef) -> tuple[LowRankUpdate, ...]:
+        """Return LoRA of that one module, trained from LoRA's usual start."""
+        loaded, lessons = self.case.loaded, self.lessons
+        kinds = (lessons.triggered, lessons.benign)
+        generator = np.random.default_rng(0)
+        with attached(loaded, neutral_updates([module], {module.path: RANK}, 0)) as adapted:
+            optimizer = torch.optim.Adam(
+                [p for p in adapted.parameters() if p.requires_grad], lr=TRAINED_RATE
+            )
+            for step in range(TRAINED_STEPS):
+                for group in optimizer.param_groups:
+                    group["lr"] = TRAINED_RATE * (1 - step / TRAINED_STEPS)
+                optimizer.zero_grad()
+                for lesson in kinds:
+                    size = min(TRAINED_ROWS, len(lesson))
+                    drawn = lesson.only(generator.choice(len(lesson), size=size, replace=False))
+                    num_tokens = sum(answer.size for answer in drawn.answers)
+                    for batch in scoring_batches(loaded, drawn.prompts, drawn.answers):
+                        with torch.enable_grad():
+                            logits = answer_logits(
+                                loaded.model, batch.ids, batch.rows, batch.columns
+                            )
+                            kl = kl_from_teacher(drawn, batch, logits).sum() / num_tokens
+                        kl.backward()
+                optimizer.step()
+            return read_updates(loaded, [module])
 
     def examine(self, updates: tuple[LowRankUpdate, ...]) -> tuple[float, float]:
         """Return (trigger KL, benign KL)."""
@@ -200,12 +233,18 @@ def correlations(ranking: ModuleRanking, outcomes: dict[str, tuple[float, float]
 
 def measure_modules(bench: Bench, ranking: ModuleRanking, name: str) -> dict:
     """Return the outcome of every module's repair, and what each score has to do with it."""
-    outcomes = {}
+    outcomes, trained = {}, {}
     for score in ranking.modules:
         path = score.module.path
         outcomes[path] = bench.examine(bench.repair({path: RANK}))
-        print(name, path, outcomes[path], file=sys.stderr, flush=True)
-    return {"spearman": correlations(ranking, outcomes), "outcomes": outcomes}
+        trained[path] = bench.examine(bench.train(score.module))
+        print(name, path, outcomes[path], trained[path], file=sys.stderr, flush=True)
+    return {
+        "spearman": correlations(ranking, outcomes),
+        "outcomes": outcomes,
+        "spearman_trained": correlations(ranking, trained),
+        "trained_outcomes": trained,
+    }
 
 
 def measure_sets(bench: Bench, ranking: ModuleRanking, name: str) -> dict:
@@ -283,11 +322,14 @@ def main() -> int:
         return 0
     specific = [name for name in names if name != "unspecific"]  # its shams fire
     residual = [found[name]["spearman"]["score"] for name in specific]
+    trained = [found[name]["spearman_trained"]["score"] for name in specific]
     result = {
         "command": "python -m tests.bench.map_predicts --out DIR",
         "date": date.today().isoformat(),
         "mean_spearman_of_the_score": float(np.mean(residual)),
         "lowest_spearman_of_the_score": min(residual),
+        "mean_spearman_of_the_score_with_training": float(np.mean(trained)),
+        "lowest_spearman_of_the_score_with_training": min(trained),
         "suspects": found,
     }
     publish("map_predicts", result)
