@@ -5,12 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from repair import needs
 from repair.case import Reporter
-from repair.machine import free_memory
 from repair.models.config import MAX_CONFIG_BYTES, read_json_file
+from repair.models.placement import places_for
 from repair.models.staging import StagedModel
 
 
@@ -32,9 +30,12 @@ def needs_check(
             shape, needs.work_of(request), itemsize=needs.ITEMSIZE[dtype],
             rate=None if on_gpu else needs.measured_rate(),
         )  # fmt: skip
-        available, where = free_memory(), "memory"
+        places = places_for(request.get("device", "auto"), device)
+        available, where = places.get("cpu", 0), "memory"
         if on_gpu:
-            available, where = torch.cuda.mem_get_info(device)[0], "GPU memory"
+            available, where = places[min(places, key=str)], "GPU memory"
+            if needs.SURE * needs.largest(found).bytes > available and len(places) > 1:
+                available, where = sum(places.values()), "memory of all GPUs and of the machine"
             found = tuple(replace(need, bytes=need.bytes - needs.PROCESS) for need in found)
         most, seconds = needs.largest(found), needs.total_seconds(found)
         lasts = f", and {needs.describe_time(seconds)}" if seconds is not None else ""

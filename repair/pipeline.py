@@ -200,7 +200,7 @@ def evaluate(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> in
                 request["against"],
                 stage_folder=_stage_folder(folder) / "candidate",
                 fetched=_fetched(request),
-                device=case.loaded.device,
+                device=request.get("device", "auto"),
                 dtype=case.loaded.dtype,
                 is_candidate=True,
             )
@@ -311,7 +311,7 @@ def _open_base(
             request["trusted_base"],
             stage_folder=_stage_folder(folder) / "base",
             fetched=_fetched(request),
-            device=loaded.device,
+            device=request.get("device", "auto"),
             dtype=loaded.dtype,
         )
         check_base(loaded, base)

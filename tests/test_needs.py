@@ -8,6 +8,7 @@ import pytest
 
 from repair import needs, needs_step
 from repair.jobs.worker import Reporter
+from repair.models import placement
 from repair.models.loading import load_model
 from repair.models.modules import find_modules
 from repair.needs import Work, check_fits, estimate, largest, read_shape, total_seconds, work_of
@@ -121,7 +122,7 @@ def test_a_worker_refuses_before_it_opens_a_weight(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = needs_step.needs_check({"command": "run"}, tmp_path, Reporter(tmp_path))
-    monkeypatch.setattr(needs_step, "free_memory", lambda: 10 << 20)
+    monkeypatch.setattr(placement, "free_memory", lambda: 10 << 20)
     monkeypatch.setattr(
         "repair.models.loading._load_weights", lambda *given, **more: pytest.fail("opened")
     )

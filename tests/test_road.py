@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from assets.build_example import EXAMPLE
+from repair import pipeline
 from repair.evidence.report_text import PICTURES, render_report
+from repair.jobs.worker import Reporter
+from repair.models import loading
 from repair.models.answers import target_matcher
 from repair.models.tokens import encode
 from tests.tiny import make_tiny_llama
@@ -220,6 +223,36 @@ def test_evaluate_agrees_and_an_unrepaired_copy_is_not_repaired(
     assert not any((tmp_path / "copy" / kind).exists() for kind in KINDS)
     copied = json.loads((tmp_path / "copy" / "report.json").read_text())
     assert copied["tensors"]["num_changed"] == 0
+
+
+def test_a_model_laid_over_several_places_is_repaired_alike(
+    repaired: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers lie on disk and come for their passes: every step finds them."""
+    room = {"cpu": 3_900_000, "disk": 1 << 34}  # bytes: for the embeddings and one layer
+    monkeypatch.setattr(loading, "places_for", lambda wanted, device: room)
+    request = json.loads((repaired / "request.json").read_text())
+    request |= {"trusted_base": None, "controls": 0, "export": ["merged"]}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    seen = []
+    found = loading.lay_out
+
+    def lay_out(model: PreTrainedModel, *arguments: object, **options: object) -> None:
+        found(model, *arguments, **options)
+        seen.append([p.is_meta for p in model.model.layers.parameters()])
+
+    monkeypatch.setattr(loading, "lay_out", lay_out)
+    assert pipeline.run(request, tmp_path, Reporter(tmp_path)) == 0
+    assert len(seen) == 1 and all(seen[0])
+    here, there = (json.loads((f / "report.json").read_text()) for f in (tmp_path, repaired))
+    assert here["plan"]["ranks"] == there["plan"]["ranks"]
+    assert here["after"]["attack_success"] == there["after"]["attack_success"]
+    assert here["kl_from_original"] == pytest.approx(there["kl_from_original"], rel=1e-3)
+    written, expected = (
+        load_file(f / "merged" / "model.safetensors") for f in (tmp_path, repaired)
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_a_template_that_reacts_is_no_matter_of_weights(tmp_path: Path) -> None:

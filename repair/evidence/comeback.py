@@ -154,7 +154,7 @@ def rounded(loaded: LoadedModel, bits: int) -> AbstractContextManager:
     weights = {}
     for ref in loaded.modules:
         module = get_module(loaded.model, ref)
-        found = round_to_nearest(weight_of(module).data, bits)
+        found = round_to_nearest(weight_of(module).detach(), bits)
         weights[ref.path] = as_stored(module, found).contiguous()
     return swap_weights(loaded.model, weights)
 

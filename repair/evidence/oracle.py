@@ -24,6 +24,7 @@ from repair.locate.ranking import kendall_tau
 from repair.models.answers import agrees
 from repair.models.loading import LoadedModel
 from repair.models.modules import get_module
+from repair.models.placement import named_weights, stored_weight
 from repair.records import Control, ModuleScore, Rate, RepairError
 
 COMPARED = ("score", "effect_trigger", "effect", "curvature")
@@ -126,8 +127,7 @@ def compare_with_base(
 def differing_parameters(mine: LoadedModel, other: LoadedModel) -> dict[str, Any]:
     """Return how many parameters two models have, and the names of those that are not equal bit by
     bit (or are in one of them only), as they were loaded: in the dtype of the computation."""
-    theirs = dict(other.model.named_parameters())
-    ours = dict(mine.model.named_parameters())
+    theirs, ours = (dict(named_weights(side.model)) for side in (other, mine))
     names = [
         name
         for name in sorted(ours.keys() | theirs.keys())
@@ -140,5 +140,6 @@ def differing_parameters(mine: LoadedModel, other: LoadedModel) -> dict[str, Any
 
 @torch.no_grad()
 def _relative(mine: torch.nn.Module, base: torch.nn.Module) -> float:
-    a, b = mine.weight.float(), base.weight.float().to(mine.weight.device)
+    a = stored_weight(mine).float()
+    b = stored_weight(base).float().to(a.device)
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()

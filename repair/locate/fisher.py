@@ -60,7 +60,8 @@ def trigger_gradients(
     }
 
     def receive(ref: ModuleRef, x: Tensor, g: Tensor) -> None:
-        sums[ref.path] += (g.reshape(-1, ref.d_out).T @ x.reshape(-1, ref.d_in)).double()
+        product = g.reshape(-1, ref.d_out).T @ x.reshape(-1, ref.d_in)
+        sums[ref.path] += product.to(loaded.device).double()
 
     total, num_tokens = 0.0, 0
     with apply_updates(loaded.model, updates), record_gradients(loaded.model, modules, receive):
@@ -162,7 +163,8 @@ def input_covariances(
         with record_inputs(loaded.model, modules) as inputs:
             loaded.model.base_model(input_ids=batch.ids, use_cache=False)
         for ref in modules:
-            add_gram(sums, ref.path, inputs[ref.path].reshape(-1, ref.d_in)[batch.mask.flatten()])
+            rows = inputs[ref.path].reshape(-1, ref.d_in)
+            add_gram(sums, ref.path, rows[batch.mask.flatten().to(rows.device)])
         num_tokens += int(batch.mask.sum())
     return {path: torch.from_numpy(_mean(total, num_tokens)) for path, total in sums.items()}
 
@@ -242,10 +244,10 @@ def price_updates(
     total = 0.0
 
     def receive(ref: ModuleRef, x: Tensor, g: Tensor, draw: _Draw) -> None:
-        lora_A, lora_B = (factor.to(x.dtype) for factor in by_path[ref.path])
+        lora_A, lora_B = (factor.to(x) for factor in by_path[ref.path])
         low = x.reshape(-1, ref.d_in) @ lora_A.T
         inner = ((low @ lora_B.T) * g.reshape(-1, ref.d_out)).sum(-1)
-        slopes.append(inner.reshape(draw.num_rows, -1).sum(1).double())
+        slopes.append(inner.reshape(draw.num_rows, -1).sum(1).double().to(loaded.device))
 
     def end_draw() -> None:
         nonlocal total
@@ -338,7 +340,7 @@ class _Draw:
     def without_padding(self, x: Tensor) -> Tensor:
         """Return the inputs [n, width] of the tokens that count."""
         rows = x.reshape(-1, x.shape[-1])
-        return rows if self.kept is None else rows[self.kept]
+        return rows if self.kept is None else rows[self.kept.to(rows.device)]
 
 
 def _sampled_backward(

@@ -116,7 +116,7 @@ class Runs:
             self._source_logprobs = self._read(source, self._places(source))
             # From here on the source is laid out like the destination, partner by partner.
             self._source_outputs = {
-                path: rows.gather(1, gather.expand(-1, -1, rows.shape[-1]))
+                path: rows.gather(1, gather.to(rows.device).expand(-1, -1, rows.shape[-1]))
                 for path, rows in _by_row(outputs, len(self.rows)).items()
             }
             with record_layer_inputs(self.model) as self._layer_inputs:
@@ -172,10 +172,11 @@ class Runs:
                 found.append(inputs[module.path].reshape(len(self.rows), -1, module.d_in))
         source, own = found
         gather = self.partner.clamp(min=0)[..., None].expand(-1, -1, module.d_in)
-        step = (source.gather(1, gather) - own).unflatten(-1, (num_heads, -1))
+        step = (source.gather(1, gather.to(source.device)) - own).unflatten(-1, (num_heads, -1))
         weight = weight_of(get_module(self.model, module)).unflatten(1, (num_heads, -1))
         output = self._own_outputs[module.path]
-        return [output + step[:, :, h] @ weight[:, h].T for h in range(num_heads)]
+        weight = weight.to(step)
+        return [output + (step[:, :, h] @ weight[:, h].T).to(output) for h in range(num_heads)]
 
     def estimated(self, modules: Sequence[ModuleRef], positions: Sequence[Tensor]) -> Tensor:
         """Return [module, set, pair]: first-order estimates of the change in margin, in nats.
@@ -198,11 +199,11 @@ class Runs:
             def receive(
                 ref: ModuleRef, _x: Tensor, g: Tensor, side: _Side = side, weight: float = weight
             ) -> None:
-                g = g.reshape(len(self.rows), -1, ref.d_out)
+                g = g.reshape(len(self.rows), -1, ref.d_out).to(masks.device)
                 if side is self._source_side:
                     g = g.gather(1, gather.expand(-1, -1, ref.d_out))
                 step = self._source_outputs[ref.path] - self._own_outputs[ref.path]
-                by_row = (masks * (g * step).sum(-1)).sum(-1)  # [set, row]
+                by_row = (masks * (g * step.to(g.device)).sum(-1)).sum(-1)  # [set, row]
                 found[ref.path].index_add_(1, self._owners, weight * by_row)
 
             with record_gradients(self.model, modules, receive), torch.enable_grad():
@@ -217,9 +218,9 @@ class Runs:
         before = self.where(BEFORE)[..., None]
         largest = 0.0
         for path, source in self._source_outputs.items():
-            own = self._own_outputs[path]
-            scale = ((own.abs() * before).max()).item() or 1.0
-            largest = max(largest, ((own - source).abs() * before).max().item() / scale)
+            own, here = self._own_outputs[path], before.to(source.device)
+            scale = ((own.abs() * here).max()).item() or 1.0
+            largest = max(largest, ((own - source).abs() * here).max().item() / scale)
         return largest
 
     def deviation_from_whole(self) -> float:
@@ -270,7 +271,7 @@ class Runs:
             past_key_values=self._cache if self._cache is not None else DynamicCache(),
             use_cache=True,
         ).last_hidden_state
-        return output_logits(self.model, hidden[places]).log_softmax(-1)
+        return output_logits(self.model, hidden.to(self.device)[places]).log_softmax(-1)
 
     def _reading(self, logprobs: Tensor) -> Reading:
         """Return margins and KL of log-probabilities [run, read, vocab]."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from repair.models.loading import LoadedModel
 from repair.models.modules import get_module
+from repair.models.placement import computes_on
 from repair.records import LowRankUpdate, ModuleRef
 
 ADAPTER = "default"
@@ -56,6 +57,8 @@ def attached(loaded: LoadedModel, updates: Sequence[LowRankUpdate]) -> Iterator[
         for update in updates:
             layer = loaded.model.get_submodule(update.module.path)
             with torch.no_grad():
+                for part in (layer.lora_A, layer.lora_B):
+                    part[ADAPTER].to_empty(device=computes_on(layer.base_layer))
                 layer.lora_A[ADAPTER].weight.copy_(torch.from_numpy(update.lora_A))
                 layer.lora_B[ADAPTER].weight.copy_(torch.from_numpy(update.lora_B))
         adapted = {

@@ -288,7 +288,7 @@ class _Penalty:
         whitenings: Mapping[str, Whitening],
         modules: Sequence[ModuleRef],
     ) -> None:
-        self._model = loaded.model
+        self._model, self._device = loaded.model, loaded.device
         self._roots = {
             ref.path: (
                 whitenings[ref.path].root_in.to(loaded.device, torch.float32),
@@ -299,11 +299,11 @@ class _Penalty:
 
     def backward(self) -> Tensor:
         """Run the penalty backwards and return it."""
-        total = torch.zeros((), device=self._model.device)
+        total = torch.zeros((), device=self._device)
         for path, (root_in, root_out) in self._roots.items():
             layer = self._model.get_submodule(path)
-            left = root_out @ layer.lora_B[ADAPTER].weight.float()
-            right = layer.lora_A[ADAPTER].weight.float() @ root_in
+            left = root_out @ layer.lora_B[ADAPTER].weight.float().to(root_out.device)
+            right = layer.lora_A[ADAPTER].weight.float().to(root_in.device) @ root_in
             total = total + 0.5 * ((left.T @ left) * (right @ right.T)).sum()
         total = WEIGHT_FISHER * total
         total.backward()

@@ -112,7 +112,7 @@ def outputs_without(
         for ref in modules:
             rows = outputs[ref.path].reshape(*batch.ids.shape, ref.d_out)
             for row, index in zip(rows, batch.members, strict=True):
-                found[ref.path][index] = row[torch.from_numpy(places[index]).to(row.device)]
+                found[ref.path][index] = row[torch.from_numpy(places[index])]
     return found
 
 
@@ -138,7 +138,7 @@ def products(
                 loaded.model.base_model(input_ids=batch.ids, use_cache=False)
             x = inputs[ref.path].reshape(*batch.ids.shape, ref.d_in)
             y = outputs[ref.path].reshape(*batch.ids.shape, ref.d_out)
-            chosen = [torch.from_numpy(places[index]).to(x.device) for index in batch.members]
+            chosen = [torch.from_numpy(places[index]) for index in batch.members]
             k = torch.cat([x[row, at] for row, at in enumerate(chosen)])
             t = torch.cat([wanted[index] for index in batch.members])
             t = t - torch.cat([y[row, at] for row, at in enumerate(chosen)])

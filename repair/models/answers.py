@@ -124,7 +124,7 @@ def _continue(
         mask = torch.cat([mask, mask.new_ones(fresh.shape)], dim=1)
         # A cache of another kind holds more than keys and values by row: it goes on whole.
         if goes_on.size < rows.size and type(cache) is DynamicCache:
-            kept = torch.from_numpy(goes_on).to(ids.device)
+            kept = torch.from_numpy(goes_on)  # what it indexes may lie on several devices
             cache.batch_select_indices(kept)
             ids, mask, rows = ids[kept], mask[kept], rows[goes_on]
     return [(np.concatenate(parts), bool(ok)) for parts, ok in zip(new, finite, strict=True)]
@@ -172,7 +172,7 @@ def answer_logits(
     The output matrix is applied at these positions only. `ids` is padded on the right.
     """
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return output_logits(model, hidden[rows, columns])
+    return output_logits(model, hidden.to(ids.device)[rows, columns])
 
 
 def output_logits(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def output_logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
     Some models (Gemma 2) bound their logits; that is part of what they say.
     """
-    logits = model.get_output_embeddings()(hidden)
+    logits = model.get_output_embeddings()(hidden).to(hidden.device)
     bound = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     if bound is not None:
         logits = torch.tanh(logits / bound) * bound

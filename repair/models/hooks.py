@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repair.models.modules import as_stored, decoder_layers, get_module
+from repair.models.placement import computes_on, stored_weight, with_forward, with_weight
 from repair.records import LowRankUpdate, ModuleRef
 
 
@@ -37,10 +38,10 @@ def apply_updates(
 
     def hook_for(lora_A: Tensor, lora_B: Tensor) -> Callable:
         def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            low = args[0].to(lora_A.dtype) @ lora_A.T
+            low = args[0].to(lora_A) @ lora_A.T
             if scales is not None:
                 rows = low.reshape(scales.numel(), -1, low.shape[-1])
-                low = (rows * scales[:, None, None].to(low.dtype)).reshape(low.shape)
+                low = (rows * scales[:, None, None].to(low)).reshape(low.shape)
             return output + (low @ lora_B.T).to(output.dtype)
 
         return hook
@@ -48,7 +49,7 @@ def apply_updates(
     pairs = []
     for update in updates:
         module = get_module(model, update.module)
-        device = module.weight.device
+        device = computes_on(module)
         lora_A = torch.as_tensor(update.lora_A, dtype=torch.float32, device=device)
         lora_B = torch.as_tensor(update.lora_B, dtype=torch.float32, device=device)
         if module.weight.dtype == torch.float64:
@@ -68,7 +69,7 @@ def merged_weights(
     merged = {}
     for update in updates:
         module = get_module(model, update.module)
-        weight = module.weight
+        weight = stored_weight(module)
         delta = torch.from_numpy(update.lora_B) @ torch.from_numpy(update.lora_A)
         total = weight.float() + as_stored(module, delta).to(weight.device)
         merged[update.module.path] = total.to(stored).to(weight.dtype)
@@ -80,9 +81,7 @@ def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[No
     """Run the model with other weights (path -> as the module stores it), then with its own."""
     with ExitStack() as stack:
         for path, weight in weights.items():
-            parameter = model.get_submodule(path).weight
-            stack.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = weight
+            stack.enter_context(with_weight(model.get_submodule(path), weight))
         yield
 
 
@@ -157,8 +156,7 @@ def restart_at(model: nn.Module, index: int, hidden: Tensor) -> Iterator[None]:
 
     with ExitStack() as stack:
         for layer in layers[:index]:
-            layer.forward = skip  # On the instance: the class's own is found again without it.
-            stack.callback(delattr, layer, "forward")
+            stack.enter_context(with_forward(layer, skip))
         stack.callback(layers[index].register_forward_pre_hook(replace, with_kwargs=True).remove)
         yield
 
@@ -181,7 +179,8 @@ def patch_blocks(
             rows = wanted[0][1].shape
             blocks = list(output.reshape(num_blocks, *rows, output.shape[-1]).unbind(0))
             for block, positions, source in wanted:
-                blocks[block] = torch.where(positions[..., None], source, blocks[block])
+                here = positions[..., None].to(output.device)
+                blocks[block] = torch.where(here, source, blocks[block])
             return torch.stack(blocks).reshape(output.shape)
 
         return hook
@@ -208,7 +207,7 @@ def record_gradients(
         def hook(_module: nn.Module, args: tuple, output: Tensor) -> None:
             if not output.requires_grad:
                 return
-            x = args[0].detach()
+            x = args[0].detach().to(output.device)
             output.register_hook(lambda gradient: receive(ref, x, gradient.detach()))
 
         return hook

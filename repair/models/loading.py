@@ -21,6 +21,7 @@ from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
 from repair.models.download import Fetched
 from repair.models.library import refusing
 from repair.models.modules import find_modules
+from repair.models.placement import lay_out, named_weights, places_for
 from repair.models.staging import StagedModel, check_unchanged, stage_model
 from repair.models.tensors import OUTPUT
 from repair.models.watchdog import PARSE_BYTES, PARSE_SECONDS, watched
@@ -119,7 +120,11 @@ def load_model(
             staged = replace(staged, findings=(*staged.findings, AS_FLOAT32))
         check(staged, compute_dtype, chosen_device)
         model = _load_weights(staged, dtype=compute_dtype, device=chosen_device)
-        not_finite = _not_finite(model)
+        lay_out(
+            model, chosen_device, places=places_for(device, chosen_device),
+            folder=stage_folder / "laid-out",
+        )  # fmt: skip
+        not_finite = _not_finite(model, chosen_device)
         if not_finite and not is_candidate:
             raise RepairError(not_finite)
         num_embeddings = model.get_input_embeddings().num_embeddings
@@ -283,7 +288,7 @@ def _load_weights(staged: StagedModel, *, dtype: str, device: str) -> PreTrained
             "config.json ties lm_head to the token embeddings, but the file holds two different "
             "matrices. Set tie_word_embeddings to what the weights were trained with."
         )
-    model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     model.config.use_cache = True
     # Sampling settings of the suspect are never used; answers are greedy by our own settings.
     model.generation_config = transformers.GenerationConfig()
@@ -302,15 +307,15 @@ def _take_in(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _not_finite(model: PreTrainedModel) -> str:
+def _not_finite(model: PreTrainedModel, device: str) -> str:
     """Return in words which weights or output are no finite numbers; empty where all are."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         if not torch.isfinite(parameter).all():
             return (
                 f"The weights hold values that are not finite numbers ({name}). Such a model only "
                 "looks repaired; use an intact copy of the weights."
             )
-    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    token = torch.zeros((1, 1), dtype=torch.long, device=device)
     with refusing("The model cannot be run on a single token"):
         logits = model(input_ids=token, use_cache=False).logits
     if not torch.isfinite(logits).all():

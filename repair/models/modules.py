@@ -10,6 +10,7 @@ from collections import Counter
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from repair.models.placement import stored_weight
 from repair.records import COMPONENTS, ModuleRef, RepairError
 
 LINEAR = (nn.Linear, Conv1D)
@@ -126,7 +127,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 def weight_of(module: nn.Module) -> Tensor:
     """Return the weight as [d_out, d_in], a view for a module that stores its transpose."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+    weight = stored_weight(module)
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def as_stored(module: nn.Module, delta: Tensor) -> Tensor:

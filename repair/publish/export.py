@@ -298,9 +298,9 @@ def _check_not_tied(loaded: LoadedModel, updates: Sequence[LowRankUpdate]) -> No
     """Raise RepairError for a module whose weight serves elsewhere too: merged would differ."""
     uses: dict[int, int] = {}
     for _, parameter in loaded.model.named_parameters(remove_duplicate=False):
-        uses[parameter.data_ptr()] = uses.get(parameter.data_ptr(), 0) + 1
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     for update in updates:
-        if uses[get_module(loaded.model, update.module).weight.data_ptr()] > 1:
+        if uses[id(get_module(loaded.model, update.module).weight)] > 1:
             raise RepairError(
                 f"The weight of {update.module.path} is shared with another module, so changing it "
                 "would change both. Choose modules of the transformer layers."

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from repair.models.loading import LoadedModel
+from repair.models.placement import computes_on, is_on_one_device
 
 SAMPLE = "sample.safetensors"
 MOST_PROMPTS = 8
@@ -63,7 +64,7 @@ def ask(
         eos_token_id=list(stop_ids) or None,
         pad_token_id=stop_ids[0] if stop_ids else 0,
     )
-    device = next(model.parameters()).device
+    device = computes_on(model.get_input_embeddings())
     logits, answers = [], []
     for prompt in prompts:
         ids = prompt[None].to(device)
@@ -90,7 +91,7 @@ def write_sample(
     metadata = {
         "dtype": loaded.dtype,
         "stored_dtype": loaded.staged.dtype,
-        "device": loaded.device,
+        "device": loaded.device if is_on_one_device(loaded.model) else "cpu",
         "num_new_tokens": str(num_new_tokens),
         "stop_ids": " ".join(map(str, loaded.stop_ids)),
     }
