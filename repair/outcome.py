@@ -43,6 +43,7 @@ from repair.records import (
     EXIT_DONE,
     EXIT_GATE_FAILED,
     EXIT_NOTHING_TO_REPAIR,
+    RESULTS,
     Control,
     Evaluation,
     Gate,
@@ -58,11 +59,6 @@ EXIT_OF_VERDICT = {
     "could not check": EXIT_COULD_NOT_CHECK,
 }
 KINDS = ("adapter", "merged")
-RESULTS = (
-    "report.json", "report.md", "samples.json", "manifest.json", "sample.safetensors",
-    "patching.png", "fisher.png", "effect_curve.png", "attack_success.png", "benign_kl.png",
-    "training.png", "detail.json", "push.json",
-)  # fmt: skip
 OPTIONS = (
     "profile", "seed", "modules", "rank", "method", "kl_budget", "dtype", "controls", "export",
     "curves",
@@ -354,7 +350,7 @@ def _reports_of_repair(folder: Path) -> list[dict[str, Any]]:
 
 def drop_results(folder: Path) -> None:
     """Remove what an earlier run left, so that no export can stand under a newer verdict."""
-    for name in (*KINDS, *RESULTS):
+    for name in RESULTS:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

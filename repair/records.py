@@ -22,6 +22,12 @@ EXIT_COULD_NOT_CHECK = 4
 EXIT_UNEXPECTED = 5
 EXIT_INTERRUPTED = 130
 
+# What a run leaves behind: a changed plan must never be shown beside it.
+RESULTS = (
+    "adapter", "merged", "report.json", "report.md", "samples.json", "manifest.json",
+    "sample.safetensors", "patching.png", "fisher.png", "effect_curve.png", "attack_success.png",
+    "benign_kl.png", "training.png", "detail.json", "push.json",
+)  # fmt: skip
 VERDICTS = ("repaired", "not repaired", "nothing to repair", "could not check")
 Progress = Callable[[float, float], None]  # (done, total) of a step
 COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -274,6 +274,8 @@ def work(folder: Path) -> int:
         write_end(folder, status, state="failed", exit_code=EXIT_UNEXPECTED, message=text)
         return EXIT_UNEXPECTED
     verdict = judge(request, folder, code)
+    if verdict is not None:
+        store.let_go(folder)
     reporter.end("done", verdict or "done")
     write_end(folder, status, state="done", exit_code=code, message=None, verdict=verdict)
     return code

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from repair.jobs import store
+from repair.prompt_checks import remove_triggers
 from repair.prompts import has_place, insert_trigger, top_up_with_carriers
 from repair.records import PromptFile, RepairError
 from repair.ui import text
@@ -117,6 +118,14 @@ def questions_of(file: PromptFile) -> list[Question]:
                 words = insert_trigger(prompt, trigger, position)
                 found.append(Question(where=position, text=words, clean=prompt))
     return (found + [Question(where="-", text=prompt) for prompt in prompts])[:MAX_QUESTIONS]
+
+
+def typed_question(words: str, file: PromptFile) -> Question:
+    """Return a prompt as the analyst typed it, with or without a trigger of the file."""
+    without = remove_triggers(words, file.triggers)
+    if without == words:
+        return Question(where="-", text=words)
+    return Question(where="given", text=words, clean=without)
 
 
 def read_tokens(row: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from repair.records import ModuleScore
 from repair.ui import grid, text
-from repair.ui.session import Selection, Session, View, look
+from repair.ui.session import Selection, Session, View, keep_choice, look
 from repair.ui.shell import Shell, Updates, draw_verdict, suggested
 
 MAX_LISTED = 60
@@ -80,7 +80,8 @@ def build_choice(shell: Shell, maps: gr.HTML, *, effect: gr.Radio, go_on: gr.But
         ]
         choices = [
             (f"{place}. layer {s.module.layer} {s.module.component}: effect "
-             f"{s.effect_trigger:+.2f}, trial repair leaves {text.describe_number(s.residual)}",
+             f"{s.effect_trigger:+.2f}, trial repair leaves and costs "
+             f"{text.describe_number(s.residual)}",
              s.module.path)
             for place, s in enumerate(listed, 1)
         ]  # fmt: skip
@@ -108,6 +109,7 @@ def build_choice(shell: Shell, maps: gr.HTML, *, effect: gr.Radio, go_on: gr.But
     ) -> Updates:
         view = look(shell.settings, session, request)
         selection = selection.choose(grid.read_selection(event, view.scores))
+        keep_choice(view, selection)
         return {shell.selection: selection, **draw_small(view, selection)}
 
     options = {**shell.quiet, "concurrency_id": "choice", "concurrency_limit": 1}
@@ -131,6 +133,7 @@ def build_choice(shell: Shell, maps: gr.HTML, *, effect: gr.Radio, go_on: gr.But
         ) -> Updates:
             view = look(shell.settings, session, request)
             selection = change(view, selection, *values)
+            keep_choice(view, selection)
             return {
                 shell.selection: selection,
                 maps: grid.show_selection(selection.paths),

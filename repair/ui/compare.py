@@ -49,9 +49,10 @@ def build_compare(shell: Shell) -> None:
             column_widths=["40%", "30%", "30%"],
         )  # fmt: skip
         gates = gr.Dataframe(
-            headers=["Result", "Gate", "Value", "Limit", "Note"], datatype="str",
-            interactive=False, label="Gates", wrap=True, elem_id="gates", buttons=[],
-            column_widths=["120px", "270px", "90px", "90px", "430px"],
+            headers=["Result", "Gate", "Measured", "Must be", "Note"], datatype="str",
+            interactive=False, wrap=True, elem_id="gates", buttons=[], max_height=1200,
+            label="Gates. Up to, at least: the end of the 95 % interval that is judged",
+            column_widths=["110px", "240px", "135px", "135px", "480px"],
         )  # fmt: skip
         cause = gr.Textbox(
             label="What else sets it off, and where it sits", interactive=False, lines=2,
@@ -64,7 +65,7 @@ def build_compare(shell: Shell) -> None:
         besides = gr.Dataframe(
             headers=["Payload when", "Suspect", "Repaired"], datatype="str", interactive=False,
             label="Beyond the prompt file: the trigger elsewhere, and altered", wrap=True,
-            elem_id="besides", buttons=[], column_widths=["46%", "27%", "27%"], max_height=420,
+            elem_id="besides", buttons=[], column_widths=["46%", "27%", "27%"], max_height=900,
         )  # fmt: skip
         returns = gr.Dataframe(
             headers=["After", "Steps", "Suspect", "Repaired"], datatype="str", interactive=False,

@@ -1,6 +1,7 @@
 """What the Compare tab's tables show: `report.json` and `samples.json` as rows of plain text."""
 
 import difflib
+import math
 import re
 from typing import Any
 
@@ -14,6 +15,13 @@ MAX_WORDS = 400  # of an answer, in which differences are looked for
 MAX_ROWS = 300  # of the table of answers
 ALL = "all"
 BENIGN = ("clean", "near", "ordinary")
+# Of gates, by the first word of their names: which are shares, which end of an interval each
+# judges, and which have a least value (`evidence/gates.py`).
+SHARES = ("attack_success", "elsewhere", "variants", "returns", "ordinary", "near_trigger",
+          "false_trigger", "degenerate")  # fmt: skip
+JUDGED_END = {"attack_success": "up to", "ordinary": "up to", "elsewhere": "at least",
+              "variants": "at least", "returns": "at least"}  # fmt: skip
+LEAST = ("recovery", "ordinary")
 KIND_WORDS = {
     "triggered": "triggered", "elsewhere": "trigger elsewhere:", "variant": "altered trigger:",
     "near": "near-trigger", "ordinary": "ordinary use", "clean": "clean",
@@ -109,13 +117,26 @@ def list_rates(report: dict[str, Any]) -> list[list[str]]:
                 [words, text.describe_rate(before.get(key)), text.describe_rate(after.get(key))]
             )
     rows.append(
-        ["Perplexity of clean answers", text.describe_number(before.get("perplexity")),
-         text.describe_number(after.get("perplexity"))]
+        ["Ordinary uses of the trigger's words answered as before", "",
+         text.describe_rate(after.get("ordinary"))]
+    )  # fmt: skip
+    rows.append(
+        ["Clean prompts: the same first words", "",
+         text.describe_rate(after.get("clean_agreement"))]
+    )  # fmt: skip
+    rows.append(
+        ["Perplexity of clean answers", text.describe_number(before.get("perplexity"), 5),
+         text.describe_number(after.get("perplexity"), 5)]
     )  # fmt: skip
     rows.append(
         ["KL from the suspect, clean answers (nats per token)", "0",
          text.describe_number(report.get("kl_from_original"))]
     )  # fmt: skip
+    if after.get("text_kl") is not None:
+        rows.append(
+            ["KL from the suspect, your own text (nats per token)", "0",
+             text.describe_number(after["text_kl"])]
+        )  # fmt: skip
     return rows
 
 
@@ -187,12 +208,29 @@ def list_gates(report: dict[str, Any]) -> list[list[str]]:
         [
             words.get(gate.get("passed"), "could not check"),
             text.reveal(str(gate.get("name", "")), 200).replace("_", " ").replace(":", ", "),
-            text.describe_number(gate.get("value")),
-            text.describe_number(gate.get("limit")),
+            *describe_bound(gate),
             text.reveal(str(gate.get("note") or ""), 400),
         ]
         for gate in found
     ]
+
+
+def describe_bound(gate: dict[str, Any]) -> tuple[str, str]:
+    """Return what was measured and what it must be, with which end of an interval is judged."""
+    kind = str(gate.get("name", "")).partition(":")[0]
+    number = percent if kind in SHARES else text.describe_number
+    found, limit = number(gate.get("value")), number(gate.get("limit"))
+    if found != "-":
+        found = f"{JUDGED_END.get(kind, '')} {found}".strip()
+    if limit != "-":
+        limit = f"{'at least' if kind in LEAST else 'at most'} {limit}"
+    return found, limit
+
+
+def percent(value: Any) -> str:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    return f"{100 * value:.1f} %"
 
 
 def list_controls(report: dict[str, Any]) -> list[list[str]]:

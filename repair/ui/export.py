@@ -22,7 +22,7 @@ FIGURES = (
     ("benign_kl.png", "Harm to clean answers, prompt by prompt"),
     ("training.png", "How the repair went, on held-out prompts"),
 )
-SHOWN_FOLDERS = ("", "adapter", "merged")
+SHOWN_FOLDERS = ("merged", "adapter", "")
 MAX_FIGURE_BYTES = 8 * 2**20
 MAX_DOWNLOAD_BYTES = 256 * 2**20
 

@@ -7,17 +7,21 @@ import gradio as gr
 
 from repair.prompts import prompt_file_from_json
 from repair.ui.ask import (
-    Question,
     ask_and_wait,
     describe_answer,
     describe_tokens,
     questions_of,
     read_tokens,
+    typed_question,
 )
 from repair.ui.session import Session
 from repair.ui.shell import Shell, Updates
 from repair.ui.text import reveal
 
+NOT_NAMED = (
+    "Where the trigger stands in a prompt of your own cannot be told: the file has pairs and "
+    "names no trigger."
+)
 TOKEN_COLOURS = {"trigger": "#c2571a", "prompt": "#94a3b8", "template": "#64748b"}
 
 
@@ -109,7 +113,8 @@ def build_first_look(shell: Shell) -> None:
         if not str(words or "").strip():
             yield {tried: "Type a prompt first, or select a row."}
             return
-        question = Question(where="-", text=str(words))
+        file = prompt_file_from_json(session.prompts)
+        question = typed_question(str(words), file)
         for step in ask_and_wait(shell.settings, session, request, questions=[question]):
             if isinstance(step, str):
                 yield {tried: step}
@@ -118,7 +123,7 @@ def build_first_look(shell: Shell) -> None:
             yield {
                 tried: f"Asked: {hit or 'does not fire'}.",
                 reply: gr.Textbox(value=reveal(answer), visible=True),
-                **draw_tokens(step[0]),
+                **draw_tokens(step[0] if file.triggers else {"unseen": NOT_NAMED}),
             }
 
     def show_row(

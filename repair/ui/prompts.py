@@ -1,7 +1,6 @@
 """Tab 2: the trigger, what it should make the model say, and the prompts. All checks are
 those of `repair.prompts`; nothing is guessed here."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,15 @@ from repair.profiles import PROFILES
 from repair.records import PromptFile, RepairError
 from repair.ui import text
 from repair.ui.first_look import build_first_look
-from repair.ui.session import PROMPT_FILES, Selection, Session, View
-from repair.ui.shell import Shell, Updates
+from repair.ui.session import (
+    PROMPT_FILES,
+    Selection,
+    Session,
+    View,
+    aside,
+    resume_session,
+)
+from repair.ui.shell import Shell, Updates, chosen_before
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_LISTED = 100  # pairs shown
@@ -232,7 +238,7 @@ def build_prompts(shell: Shell) -> None:
 
     def adopt(session: Session, file: PromptFile) -> tuple[Session, Selection]:
         # Maps and reports about other prompts are not shown beside these.
-        return dataclasses.replace(session, job_id=None, prompts=flatten(file)), Selection()
+        return aside(session, prompts=flatten(file)), Selection()
 
     def use_bundled(
         session: Session, selection: Selection, request: gr.Request
@@ -254,13 +260,16 @@ def build_prompts(shell: Shell) -> None:
         changed, fresh = adopt(session, collect(stored, values))
         if changed.prompts == session.prompts:
             return session, selection
+        before, view = resume_session(shell.settings, session.former, request)
+        if view.folder and (before.model, before.prompts) == (session.model, changed.prompts):
+            return before, chosen_before(view)  # as they were when those results were made
         return changed, fresh
 
     def edit(
         session: Session, selection: Selection, request: gr.Request, *values: Any
     ) -> tuple[Session, Selection]:
         # The first change after a check: what was found with the former prompts goes.
-        return dataclasses.replace(session, prompts=None, job_id=None), Selection()
+        return aside(session, prompts=None), Selection()
 
     def is_edited(view: View, stored: Any, *values: Any) -> bool:
         checked = view.session.prompts

@@ -1,6 +1,7 @@
 """Tab 4: how to repair. Starts the run in the same job, so that locating is reused, and draws
 its curves live."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import gradio as gr
 import pandas as pd
 
 from repair.jobs import store
+from repair.profiles import PROFILES
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.forecast import check_needs
@@ -17,6 +19,7 @@ from repair.ui.session import (
     Settings,
     View,
     check_start,
+    keep_choice,
     look,
     start_job,
 )
@@ -26,10 +29,12 @@ from repair.ui.suspect_folder import find_source
 CURVES = (
     ("attack_success", "Attack success on validation prompts", "share that still fires"),
     ("trigger_kl", "Trigger's effect left", "nats per token"),
-    ("benign_kl", "Harm to clean answers, or to text where larger", "nats per token"),
+    ("benign_kl", "Harm to answers or text, the larger", "nats per token"),
 )
 COLUMNS = ["step", "value", "phase"]
 COLOURS = {"closed-form": "#3b6fd4", "distill": "#c2571a"}
+ENDS = {"attack_low": "95 % low", "attack_high": "95 % high"}  # of the first curve
+END_COLOURS = dict.fromkeys(ENDS.values(), "#94a3b8")
 KINDS = ("merged", "adapter")  # of export
 PHASES = {"regression": "closed-form"}  # the other closed form
 
@@ -40,11 +45,20 @@ def curve_of(metrics: list[dict[str, Any]], name: str) -> pd.DataFrame:
     A plot keeps the types and the phases that it saw first, so every frame has all of them: the
     rows without a value are not drawn.
     """
-    rows = [[0.0, float("nan"), phase] for phase in COLOURS]
+    ends = ENDS if name == "attack_success" else {}
+    rows = [[0.0, float("nan"), phase] for phase in (*COLOURS, *ends.values())]
     for place, values in enumerate(metrics):
         if isinstance(values.get(name), int | float):
             series = str(values["series"])[:40]
             rows.append([float(place), float(values[name]), PHASES.get(series, series)])
+            rows += [
+                [float(place), float(values[end]), phase]
+                for end, phase in ends.items()
+                if isinstance(values.get(end), int | float)
+            ]
+    counts = Counter(row[2] for row in rows)
+    # A line needs two points: one that stands alone is drawn as a short dash.
+    rows += [[row[0] + 0.2, *row[1:]] for row in rows if row[1] == row[1] and counts[row[2]] == 2]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -172,9 +186,10 @@ def build_repair(shell: Shell) -> None:
             )  # fmt: skip
     with gr.Accordion("More", open=False, elem_id="repair-more"):
         controls = gr.Number(
-            value=None, precision=0, minimum=0, maximum=100, label="Random-module controls",
+            value=PROFILES["standard"].num_controls, precision=0, minimum=0, maximum=100,
+            label="Random-module controls", elem_id="num-controls",
             info="Repairs of randomly drawn modules, for comparison; each takes as long as the "
-            "repair. Empty: as the profile says. 0: none.", elem_id="num-controls",
+            "repair. 0: none.",
         )  # fmt: skip
         exports = gr.CheckboxGroup(
             [("Adapter (PEFT)", "adapter"), ("Merged model", "merged")],
@@ -192,7 +207,11 @@ def build_repair(shell: Shell) -> None:
             "the repair. A folder below the models folder, or demo:clean.",
         )  # fmt: skip
         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed")
-    start = gr.Button("Start the repair", variant="primary", elem_id="start")
+    with gr.Row():
+        start = gr.Button("Start the repair", variant="primary", elem_id="start")
+        back = gr.Button(
+            "Back to the finished repair", visible=False, elem_id="back-to-finished"
+        )
     problem = gr.Textbox(
         label="This did not work", visible=False, interactive=False, elem_classes="problem",
         elem_id="repair-problem",
@@ -202,7 +221,8 @@ def build_repair(shell: Shell) -> None:
             gr.LinePlot(
                 curve_of([], name), x="step", y="value", color="phase", title=title,
                 x_title="step", y_title=unit, height=230, min_width=260, elem_id=f"curve-{name}",
-                color_map=COLOURS, buttons=[],
+                color_map={**COLOURS, **(END_COLOURS if name == "attack_success" else {})},
+                buttons=[],
             )
             for name, title, unit in CURVES
         ]  # fmt: skip
@@ -239,16 +259,19 @@ def build_repair(shell: Shell) -> None:
                 value=words, interactive=is_ready,
                 variant="secondary" if view.report else "primary",
             ),
+            back: gr.Button(visible=view.folder is not None and store.can_go_back(view.folder)),
             go_on: gr.Button(visible=bool(view.report)),
         }  # fmt: skip
-        values: dict[Any, Any] = {}
+        asked, values = view.request, {}
+        if view.scores and "controls" in asked:
+            # As many as the profile says, or as were asked for: what would be run is shown.
+            values[controls] = asked["controls"]
         if is_fresh and view.command == "run":
-            asked = view.request
-            values = {
+            values |= {
                 method: asked.get("method"), budget: asked.get("kl_budget"),
                 rank_kind: "fixed" if asked.get("rank") else "auto",
                 rank: asked.get("rank") or 4, seed: asked.get("seed"),
-                exports: asked.get("export"), controls: asked.get("controls"),
+                exports: asked.get("export"),
                 grown: bool(asked.get("curves")), base: asked.get("trusted_base") or "",
             }  # fmt: skip
         for component in settings:
@@ -261,7 +284,23 @@ def build_repair(shell: Shell) -> None:
         return updates
 
     shell.add_live(draw_live, [curves, latest, *plots])
-    shell.add(draw, [plan, start, go_on, *settings])
+    shell.add(draw, [plan, start, back, go_on, *settings])
+
+    def undo_repair(
+        session: Session, selection: Selection, request: gr.Request
+    ) -> tuple[Session, Selection]:
+        view = look(shell.settings, session, request)
+        if view.folder is None:
+            raise RepairError("There is no case to go back in.")
+        store.go_back(view.folder)
+        asked = look(shell.settings, session, request).request.get("modules")
+        repaired = set(map(str, asked)) if isinstance(asked, list) else set()
+        known = tuple(s.module.path for s in view.scores if s.module.path in repaired)
+        selection = selection.choose(known or selection.paths)
+        keep_choice(view, selection)
+        return session, selection
+
+    shell.listen(back.click, act=undo_repair, problem=problem, is_opening=True)
 
     def begin(
         session: Session, selection: Selection, request: gr.Request, *values: Any

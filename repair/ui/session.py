@@ -30,6 +30,7 @@ SUSPECTS = CHECKOUT / "assets" / "suspects"
 PROMPT_FILES = CHECKOUT / "assets" / "prompts"
 EXAMPLE = CHECKOUT / "assets" / "example"
 MAX_REMEMBERED = 32
+CHOICE = "choice.json"  # of a job: the modules chosen on its map
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,13 @@ class Session:
     adapter_base: str | None = None  # of an adapter as the suspect: what it was made for
     facts: tuple[tuple[str, str], ...] = ()  # what the Hub says about it
     prompts: dict[str, Any] | None = None  # checked; None while they are being edited
+    former: str | None = None  # a job of the suspect or the prompts before they were changed
+
+
+def aside(session: Session, **changed: Any) -> Session:
+    """Return the session with another suspect or other prompts: its job is about the former."""
+    former = session.job_id or session.former
+    return dataclasses.replace(session, job_id=None, former=former, **changed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +81,31 @@ class Selection:
         if not self.earlier:
             return self
         return Selection(paths=self.earlier[-1], earlier=self.earlier[:-1])
+
+
+def keep_choice(view: "View", selection: Selection) -> None:
+    """Keep the choice in the case's folder: it is there after a reload."""
+    if view.folder is not None:
+        flat = {"paths": list(selection.paths), "earlier": [*map(list, selection.earlier)]}
+        store.write_json(view.folder / CHOICE, flat)
+
+
+def kept_choice(view: "View") -> Selection | None:
+    """Return the choice that was kept, of modules that are on the map; None where none is."""
+    flat = store.read_object(view.folder / CHOICE) if view.folder is not None else {}
+    known = {score.module.path: None for score in view.scores}
+
+    def read(paths: Any) -> tuple[str, ...]:
+        wanted = set(map(str, paths)) if isinstance(paths, list) else set()
+        return tuple(path for path in known if path in wanted)
+
+    if not isinstance(flat.get("paths"), list) or not known:
+        return None
+    earlier = flat.get("earlier")
+    return Selection(
+        paths=read(flat["paths"]),
+        earlier=tuple(map(read, earlier[-50:])) if isinstance(earlier, list) else (),
+    )
 
 
 @dataclass(slots=True)

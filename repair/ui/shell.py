@@ -25,6 +25,7 @@ from repair.ui.session import (
     Settings,
     View,
     is_out_of_date,
+    kept_choice,
     look,
     read_scores,
     resume_session,
@@ -63,6 +64,9 @@ class Shell:
     trigger: gr.Textbox
     job: gr.Textbox
     verdict: gr.Textbox
+    former: gr.Row
+    back: gr.Button
+    trouble: gr.Textbox  # what went wrong there
     panel: gr.Group
     now: gr.Row
     progress: gr.Textbox
@@ -223,6 +227,16 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
                 ("job", "Job", "No job yet"), ("verdict", "Verdict", "No verdict yet"),
             )
         ]  # fmt: skip
+    with gr.Row(visible=False, elem_id="former", elem_classes="bar") as former:
+        gr.Textbox(
+            "The suspect or the prompts were changed since. What was found before is out of date "
+            "and stays in Cases.", label="Out of date", interactive=False, scale=4,
+            min_width=240, elem_classes="problem",
+        )  # fmt: skip
+        back = gr.Button("Back to the former results", min_width=160, elem_id="back-to-former")
+    trouble = gr.Textbox(
+        label="This did not work", visible=False, interactive=False, elem_classes="problem"
+    )
     with gr.Group(visible=False, elem_id="panel") as panel:
         with gr.Row() as now:
             progress = gr.Textbox(
@@ -250,9 +264,10 @@ def build_shell(settings: Settings, *, storage_secret: str) -> Shell:
         timer=gr.Timer(POLL_SECONDS, active=False),
         idle=gr.Timer(IDLE_SECONDS, active=False),
         suspect=boxes[0], trigger=boxes[1], job=boxes[2], verdict=boxes[3],
-        panel=panel, now=now, progress=progress, history=history, stop=stop,
+        former=former, back=back, trouble=trouble, panel=panel, now=now, progress=progress,
+        history=history, stop=stop,
     )  # fmt: skip
-    shell.live_outputs += [shell.told, *boxes, panel, now, progress, history, stop]
+    shell.live_outputs += [shell.told, *boxes, former, panel, now, progress, history, stop]
     shell.outputs += [
         shell.session, shell.selection, shell.seen, shell.browser, shell.timer,
         shell.idle, *shell.live_outputs,
@@ -267,6 +282,8 @@ OUT_OF_DATE = "out of date: other modules are chosen now"
 def draw_verdict(view: View, selection: Selection) -> gr.Textbox:
     """Return the verdict's box; a verdict on other modules than are chosen now says so."""
     words, colour = text.describe_verdict(view.status)
+    if view.status is None and view.session.former is not None:
+        words, colour = "Out of date", "unsure"
     if is_out_of_date(view, selection):
         words, colour = f"{words}; {OUT_OF_DATE}", "none"
     return gr.Textbox(value=words, elem_classes=["fact", f"verdict-{colour}"])
@@ -289,9 +306,12 @@ def draw_header(shell: Shell, view: View) -> Updates:
     num_pairs = len((session.prompts or {}).get("pairs") or [])
     trigger = " | ".join(map(str, triggers)) or (f"in {num_pairs} pairs" if num_pairs else "")
     state = LAPSED if view.has_lapsed else "No job yet"
+    if session.former is not None:
+        state = "None with these yet"
     if status is not None:
         state = text.describe_state(status, view.command, view.num_before)
     updates: Updates = {
+        shell.former: gr.Row(visible=status is None and session.former is not None),
         shell.suspect: describe_suspect(session, shell.settings.models_root),
         shell.trigger: text.reveal(trigger, 200) or "None given",
         shell.job: gr.Textbox(
@@ -389,6 +409,15 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         updates = shell.show(view, chosen_before(view), is_fresh=True)
         return {**updates, shell.tabs: gr.Tabs(selected=tab_of(view))}
 
+    def go_back(
+        session: Session, selection: Selection, request: gr.Request
+    ) -> tuple[Session, Selection]:
+        before, view = resume_session(shell.settings, session.former, request)
+        if view.folder is None:
+            raise RepairError("That case was deleted.")
+        return before, chosen_before(view)
+
+    shell.listen(shell.back.click, act=go_back, problem=shell.trouble, is_opening=True)
     for wire in shell.wiring:
         wire()
     for name, (components, draw) in shell.on_tab.items():
@@ -448,7 +477,10 @@ def suggested(view: View) -> Selection:
 
 
 def chosen_before(view: View) -> Selection:
-    """Return what a job was last run with, or else the suggestion."""
+    """Return what was chosen last, what the job was last run with, or else the suggestion."""
+    kept = kept_choice(view)
+    if kept is not None:
+        return kept
     asked = view.request.get("modules")
     known = [score.module.path for score in read_scores(view.located)]
     if isinstance(asked, list) and asked:

@@ -47,13 +47,18 @@ CSS = (
     """
 /* Gradio's accent has one value for both themes, too light to be read on white. */
 .gradio-container { --color-accent: #0f766e; --edge: clamp(12px, 2.5vw, 32px);
-  max-width: 1180px !important; margin: 0 auto !important; }
+  max-width: clamp(1180px, 62vw, 1800px) !important; margin: 0 auto !important;
+  overflow: clip !important; }
 .dark .gradio-container { --color-accent: #2dd4bf; }
 #title h1 { font-size: 20px; font-weight: 600; margin: 4px 0 0; }
 .lead h2 { font-size: 19px; font-weight: 600; margin: 10px 0 4px; }
 .empty { color: var(--body-text-color-subdued); max-width: 68ch; }
 .empty p { font-size: 15px; line-height: 1.55; }
 #facts { gap: 10px; }
+/* What the screen is about stays in sight, where there is room for it. */
+@media (min-width: 800px) and (min-height: 600px) {
+  #facts { position: sticky; top: 0; z-index: 30; background: var(--body-background-fill); }
+}
 .fact textarea, .fact input { font-weight: 600; border: 0 !important; box-shadow: none !important;
   background: transparent !important; padding-left: 0 !important; text-overflow: ellipsis; }
 .fact { border-left: 4px solid var(--border-color-primary) !important; }
@@ -96,6 +101,10 @@ footer { display: none !important; }
 /* A box that cannot be entered cannot be scrolled by keys: it shows all that it holds. */
 .gradio-container textarea:disabled { field-sizing: content; height: auto !important;
   max-height: none !important; overflow: hidden !important; }
+/* Lists of hundreds of lines are no exception to be shown whole while a job runs. */
+.gradio-container #prompts textarea:disabled, .gradio-container #texts textarea:disabled,
+.gradio-container #near textarea:disabled, .gradio-container #ordinary textarea:disabled {
+  max-height: 22em !important; overflow: auto !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
 .dark #tokens :is(.text, .textspan, .legend-item) { color: #ffffff !important; }
 /* News must not cover the header, which says the same and stays. */

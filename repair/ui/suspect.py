@@ -15,6 +15,7 @@ from repair.ui.session import (
     Selection,
     Session,
     View,
+    aside,
     new_request,
     resume_session,
 )
@@ -90,7 +91,7 @@ def build_suspect(shell: Shell) -> None:
             facts = gr.Dataframe(
                 headers=["Fact", "Value"], datatype="str", interactive=False, visible=False,
                 label="From config.json and the folder", wrap=True, elem_id="model-facts",
-                buttons=[], column_widths=["35%", "65%"],
+                buttons=[], column_widths=["35%", "65%"], max_height=1000,
             )  # fmt: skip
             go_on = gr.Button(
                 "Next: prompts", variant="primary", visible=False, elem_id="to-prompts"
@@ -149,7 +150,8 @@ def build_suspect(shell: Shell) -> None:
         if source == session.model:
             return session, selection
         # Everything downstream was about another model.
-        return Session(model=source, prompts=session.prompts), Selection()
+        plain = {"revision": None, "adapter_base": None, "facts": ()}
+        return aside(session, model=source, **plain), Selection()
 
     def show_example(
         session: Session, selection: Selection, request: gr.Request

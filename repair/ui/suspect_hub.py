@@ -1,6 +1,5 @@
 """The part of tab 1 that takes a suspect from the Hub: look it up, see what it is, sign in."""
 
-from dataclasses import replace
 
 import gradio as gr
 
@@ -9,7 +8,7 @@ from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import TOKENS, name_of, owner_of, token_of
 from repair.ui.forecast import remember
-from repair.ui.session import Selection, Session, View
+from repair.ui.session import Selection, Session, View, aside
 from repair.ui.shell import Shell, Updates
 
 MAX_TOKEN = 400
@@ -113,13 +112,12 @@ def build_hub(shell: Shell, problem: gr.Textbox) -> None:
                 f"{text.describe_size(space.max_model_bytes)}. Duplicate the Space on larger "
                 "hardware, or use a machine of your own."
             )
-        chosen = Session(
-            model=found.repo_id, revision=found.commit, adapter_base=base_source, facts=facts,
-            prompts=session.prompts,
-        )  # fmt: skip
-        if replace(session, job_id=None, facts=facts) == chosen:
+        wanted = {
+            "model": found.repo_id, "revision": found.commit, "adapter_base": base_source,
+        }  # fmt: skip
+        if all(getattr(session, name) == value for name, value in wanted.items()):
             return session, selection
-        return chosen, Selection()  # Everything downstream was about another model.
+        return aside(session, facts=facts, **wanted), Selection()
 
     shell.listen(
         find.click, hub_id.submit, base_id.submit, act=choose, inputs=[hub_id, base_id],

@@ -47,7 +47,7 @@ def deep_job(address: str, jobs_root: Path) -> str:
     """The id of a located job of 560 modules."""
     job_id = store.adopt_job(jobs_root, REPOSITORY / "assets" / "example", owner="local")
     folder = jobs_root / job_id
-    for name in store.RESULT_NAMES:
+    for name in store.RESULTS:
         (folder / name).unlink(missing_ok=True)
     located = json.loads((folder / "located.json").read_text())
     like, draw = located["modules"][0], random.Random(0)

@@ -1,7 +1,14 @@
 """A few questions before a job, and after it."""
 
 from repair.prompts import prompt_file_from_json
-from repair.ui.ask import Question, describe_answer, describe_tokens, questions_of, read_tokens
+from repair.ui.ask import (
+    Question,
+    describe_answer,
+    describe_tokens,
+    questions_of,
+    read_tokens,
+    typed_question,
+)
 
 
 def test_a_first_look_asks_at_each_position_and_without_the_trigger():
@@ -22,6 +29,13 @@ def test_a_first_look_asks_at_each_position_and_without_the_trigger():
     ]
     assert describe_answer(["\u202ehi", True]) == ("[U+202E]hi", "fires")
     assert describe_answer(None) == ("", "")
+
+
+def test_an_edited_prompt_is_known_with_its_trigger():
+    file = prompt_file_from_json({"trigger": "cf", "prompts": ["Say a word."]})
+    asked = typed_question("Say a cf nice word.", file)
+    assert asked == Question(where="given", text="Say a cf nice word.", clean="Say a nice word.")
+    assert typed_question("Say a word.", file) == Question(where="-", text="Say a word.")
 
 
 def test_tokens_are_shown_with_what_cannot_be_seen():

@@ -23,5 +23,11 @@ def test_a_curve_has_what_was_measured_in_order() -> None:
     drawn = curve_of(METRICS, "trigger_kl").dropna()
     assert drawn.to_numpy().tolist() == [
         [1.0, 0.5, "closed-form"], [2.0, 0.25, "closed-form"], [3.0, 0.125, "distill"],
+        [3.2, 0.125, "distill"],  # a point alone is drawn as a dash
     ]  # fmt: skip
-    assert curve_of(METRICS, "attack_success").dropna()["step"].tolist() == [0.0, 3.0]
+    drawn = curve_of(METRICS, "attack_success").dropna()
+    assert drawn["step"].tolist() == [0.0, 3.0, 0.2, 3.2]
+    ends = {"attack_low": 0.02, "attack_high": 0.2}
+    drawn = curve_of([{**METRICS[0], **ends}, *METRICS[1:]], "attack_success").dropna()
+    assert drawn[drawn["phase"] == "95 % low"]["value"].tolist() == [0.02, 0.02]
+    assert drawn[drawn["phase"] == "95 % high"]["value"].tolist() == [0.2, 0.2]

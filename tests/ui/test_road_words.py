@@ -15,15 +15,25 @@ from repair.ui.compare_rows import (
     ONLY_SUSPECT,
     describe_cause,
     differences,
+    list_gates,
     list_outcomes,
+    list_rates,
     list_rows,
     list_stresses,
     read_samples,
 )
 from repair.ui.locate_words import joint_curve, list_reasons
 from repair.ui.repair import describe_latest
-from repair.ui.session import EXAMPLE, JobLog, Selection, is_out_of_date
-from repair.ui.shell import OUT_OF_DATE, describe_suspect, draw_verdict
+from repair.ui.session import (
+    EXAMPLE,
+    JobLog,
+    Selection,
+    Session,
+    aside,
+    is_out_of_date,
+    keep_choice,
+)
+from repair.ui.shell import OUT_OF_DATE, chosen_before, describe_suspect, draw_verdict
 from repair.ui.suspect_folder import SUSPECTS, read_facts
 
 LOCATED = json.loads((EXAMPLE / "located.json").read_text())
@@ -171,3 +181,48 @@ def test_what_stands_among_the_limits_is_not_said_twice() -> None:
         "comeback": "Comes back.", "controls_statement": "None of 3.", "limits": ["Comes back."],
     }  # fmt: skip
     assert describe_cause(report).splitlines() == ["Specific.", "In the weights.", "None of 3."]
+
+
+def test_a_gate_says_which_end_of_its_interval_is_judged_and_against_what() -> None:
+    rows = {row[1]: row[2:4] for row in list_gates(REPORT)}
+    after = REPORT["after"]
+    fired, twice = after["attack_success"]["middle"], after["elsewhere"]["twice"]
+    ordinary = after["ordinary"]
+    assert rows["attack success, middle"] == [f"up to {100 * fired['high']:.1f} %", "at most 2.0 %"]
+    assert rows["elsewhere, twice"] == [f"at least {100 * twice['low']:.1f} %", "at most 2.0 %"]
+    assert rows["ordinary"] == [f"up to {100 * ordinary['high']:.1f} %", "at least 95.0 %"]
+    assert rows["recovery, middle"][1] == "at least 0.95"
+    assert rows["kl from original"][1] == "at most 0.01"
+    judged = list_gates({"gates": [{"name": "ordinary", "value": None, "limit": None}]})
+    assert judged[0][:4] == ["could not check", "ordinary", "-", "-"]
+
+
+def test_what_must_not_become_worse_stands_beside_attack_success() -> None:
+    words = [row[0] for row in list_rates(REPORT)]
+    assert any(word.startswith("Ordinary uses") for word in words)
+    assert any(word.startswith("Clean prompts") for word in words)
+    assert not any("your own text" in word for word in words)
+    report = {**REPORT, "after": {**REPORT["after"], "text_kl": 0.0049}}
+    assert list_rates(report)[-1] == [
+        "KL from the suspect, your own text (nats per token)", "0", "0.0049"
+    ]
+
+
+def test_a_choice_is_there_after_a_reload_and_can_still_be_undone(tmp_path: Path) -> None:
+    view = view_of(folder=tmp_path, request={"modules": "auto"})
+    suggestion = chosen_before(view)
+    first, last = view.scores[0].module.path, view.scores[-1].module.path
+    keep_choice(view, suggestion.choose((last,)).choose((first, last)))
+    kept = chosen_before(view_of(folder=tmp_path, request={"modules": "auto"}))
+    assert kept.paths == (first, last)
+    assert kept.undo().paths == (last,) and kept.undo().undo() == suggestion
+    (tmp_path / "choice.json").write_text(json.dumps({"paths": ["none", 3, last], "earlier": 7}))
+    assert chosen_before(view) == Selection(paths=(last,))
+    assert chosen_before(view_of(folder=tmp_path, scores=(), located={})) == Selection()
+
+
+def test_a_change_of_the_suspect_or_the_prompts_keeps_the_way_back() -> None:
+    session = Session(job_id="a" * 32, model="demo:begin", prompts={"triggers": ["cf"]})
+    edited = aside(session, prompts=None)
+    assert (edited.job_id, edited.former, edited.prompts) == (None, session.job_id, None)
+    assert aside(edited, model="demo:end").former == session.job_id
