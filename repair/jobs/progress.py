@@ -37,7 +37,8 @@ def describe_progress(event: dict[str, Any]) -> str:
     if event.get("text"):
         parts.append(str(event["text"]))
     if isinstance(remaining, int | float) and remaining > 0:
-        parts.append(f"about {spell_seconds(remaining)} left in this step")
+        about = "about " if remaining >= 1 else ""
+        parts.append(f"{about}{spell_seconds(remaining)} left in this step")
     return ", ".join(parts)
 
 

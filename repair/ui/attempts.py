@@ -14,9 +14,9 @@ from repair.jobs import store
 from repair.ui import text
 from repair.ui.session import Settings, View
 
-HEADERS = ["Attempt", "Verdict", "Method", "Modules and ranks", "Still fires", "Clean answer back",
-           "KL", "Seconds"]  # fmt: skip
-WIDTHS = ["150px", "100px", "105px", "225px", "180px", "180px", "85px", "85px"]
+HEADERS = ["Attempt", "Verdict", "Profile", "Method", "Modules and ranks", "Still fires",
+           "Clean answer back", "KL", "Seconds"]  # fmt: skip
+WIDTHS = ["150px", "100px", "90px", "105px", "195px", "175px", "175px", "80px", "80px"]
 MAX_SHOWN = 30
 
 
@@ -74,6 +74,7 @@ def describe_attempt(name: str, report: dict[str, Any]) -> list[str]:
     return [
         text.reveal(name, 160),
         text.reveal(str(report.get("verdict", "-")), 60),
+        text.reveal(str(part_of(report, "options").get("profile", "-")), 20),
         text.reveal(str(plan.get("method_used") or plan.get("method") or "-"), 40),
         text.reveal(", ".join(modules[:12]) + more, 600) or "-",
         describe_rates(part_of(part_of(report, "after"), "attack_success")),

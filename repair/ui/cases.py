@@ -89,6 +89,7 @@ def build_cases(shell: Shell) -> None:
             "Yes, delete it with all its files", variant="stop", visible=False,
             elem_id="delete-sure", min_width=220,
         )  # fmt: skip
+        keep_it = gr.Button("Keep it", visible=False, elem_id="delete-not", min_width=100)
     shell.settings.cache.mkdir(parents=True, exist_ok=True)
     template = shell.settings.cache / "prompts-template.json"
     template.write_text(json.dumps(TEMPLATE, indent=2) + "\n")
@@ -97,9 +98,9 @@ def build_cases(shell: Shell) -> None:
     gr.Markdown(UNKNOWN_TRIGGER, elem_id="unknown-trigger")
 
     def draw(view: View, selection: Selection, is_fresh: bool) -> Updates:
-        return {sure: gr.Button(visible=False)}
+        return {sure: gr.Button(visible=False), keep_it: gr.Button(visible=False)}
 
-    shell.add(draw, [sure])
+    shell.add(draw, [sure, keep_it])
 
     def show(view: View, selection: Selection) -> Updates:
         rows = list_cases(shell, view.owner)
@@ -147,7 +148,9 @@ def build_cases(shell: Shell) -> None:
 
     quiet = shell.quiet
     table.select(pick, outputs=[job_id, name, note], **quiet)
-    ask.click(lambda: gr.Button(visible=True), outputs=sure, **quiet)
+    both = [sure, keep_it]
+    ask.click(lambda: [gr.Button(visible=True)] * 2, outputs=both, **quiet)
+    keep_it.click(lambda: [gr.Button(visible=False)] * 2, outputs=both, **quiet)
     shell.listen(open_it.click, act=reopen, inputs=[job_id], problem=problem, is_opening=True)
     shell.listen(
         save.click, act=keep, inputs=[job_id, name, note], problem=problem, redraws="cases"

@@ -76,7 +76,7 @@ def list_rows(samples: list[dict[str, str]], outcome: str) -> list[list[str]]:
             " ".join(
                 part
                 for part in (KIND_WORDS.get(sample["kind"], sample["kind"]), sample["position"])
-                if part
+                if part and part != sample["kind"]
             ),
             text.reveal(sample["prompt"], 160),
             text.reveal(sample["before"], 120),

@@ -10,6 +10,7 @@ from PIL import Image
 
 from repair.jobs import store
 from repair.ui import text
+from repair.ui.forecast import find_description
 from repair.ui.push import build_push
 from repair.ui.session import Selection, Settings, View
 from repair.ui.shell import Shell, Updates
@@ -24,6 +25,7 @@ FIGURES = (
 )
 SHOWN_FOLDERS = ("merged", "adapter", "")
 MAX_FIGURE_BYTES = 8 * 2**20
+DEFAULT_RANK = 4  # of a module that was not suggested
 MAX_DOWNLOAD_BYTES = 256 * 2**20
 
 
@@ -89,13 +91,36 @@ def pack_adapter(settings: Settings, folder: Path) -> str | None:
     return str(target)
 
 
+def describe_plan(view: View, selection: Selection, models_root: Path | None) -> str:
+    """Return what a repair of the chosen modules would write, in our own words and numbers."""
+    words = "Nothing was exported yet. "
+    chosen = [score.module for score in view.scores if score.module.path in selection.paths]
+    if chosen:
+        ranks = view.located.get("suggested_ranks")
+        ranks = ranks if isinstance(ranks, dict) else {}
+        sizes = [
+            rank * (ref.d_in + ref.d_out)
+            for ref in chosen
+            if isinstance(rank := ranks.get(ref.path, DEFAULT_RANK), int)
+        ]
+        _, num_bytes = find_description(view.request, models_root)
+        whole = f", about {text.describe_size(num_bytes)}" if num_bytes else ""
+        words += (
+            f"A repair of the {len(chosen)} chosen modules writes a PEFT adapter, about "
+            f"{text.describe_size(4 * sum(sizes))}, and the merged model{whole}, with the report, "
+            "figures and the hash of every file; Repair, More says which of the two. "
+        )
+    return words + (
+        "If it is to go to the Hub, the name and your rights can be checked below already now."
+    )
+
+
 def build_export(shell: Shell) -> None:
     """Build and wire the tab."""
     gr.Markdown("## What do you take away?", elem_classes="lead")
     empty = gr.Markdown(
-        "Nothing was exported yet. If it is to go to the Hub, the name and your rights can be "
-        "checked below already now.", elem_classes="empty",
-    )  # fmt: skip
+        "Nothing was exported yet.", elem_classes="empty", elem_id="export-empty"
+    )
     with gr.Column(visible=False) as body:
         warning = gr.Textbox(
             label="Before you use it", interactive=False, elem_classes="problem",
@@ -141,7 +166,10 @@ def build_export(shell: Shell) -> None:
         folder = view.folder
         if folder is None or not view.report:
             updates = {
-                empty: gr.Markdown(visible=True), body: gr.Column(visible=False),
+                empty: gr.Markdown(
+                    describe_plan(view, selection, shell.settings.models_root), visible=True
+                ),
+                body: gr.Column(visible=False),
                 limits: gr.Markdown(visible=False),
             }  # fmt: skip
             return updates | {figure: gr.Image(value=None, visible=False) for figure in figures}

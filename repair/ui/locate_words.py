@@ -42,7 +42,7 @@ def describe_evidence(view: View) -> str:
     lines += describe_damping(located.get("damping"))
     joint = located.get("joint")
     if isinstance(joint, dict) and joint.get("statement"):
-        lines.append(str(joint["statement"]))
+        lines.append(f"{joint['statement']} (Patched at all positions from the trigger on.)")
     uncovered = located.get("not_covered")
     if isinstance(uncovered, list) and uncovered:
         lines.append(f"Not covered by the map: {', '.join(map(str, uncovered[:12]))}"

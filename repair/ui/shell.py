@@ -310,6 +310,8 @@ def draw_header(shell: Shell, view: View) -> Updates:
         state = "None with these yet"
     if status is not None:
         state = text.describe_state(status, view.command, view.num_before)
+        name = store.read_object(view.folder / "case.json").get("name") if view.folder else ""
+        state = f"{text.reveal(name, 60)}: {state}" if isinstance(name, str) and name else state
     updates: Updates = {
         shell.former: gr.Row(visible=status is None and session.former is not None),
         shell.suspect: describe_suspect(session, shell.settings.models_root),

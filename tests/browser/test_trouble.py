@@ -230,3 +230,53 @@ def test_long_and_right_to_left_text_stays_in_its_box(
     check_width(page, "4K")
     open_tab(page, "1 Suspect")
     assert problems == []
+
+
+def test_a_finished_repair_outlives_the_next_one_that_is_broken_off(
+    browser: Browser, address: str
+) -> None:
+    """And what would be run is shown: a field that nobody touched decides nothing."""
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    page.click("#example")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    open_tab(page, "Repair")
+    open_more(page, "#repair-more")
+    assert field(page, "#num-controls").input_value() == "3"
+    page.click("#start")
+    expect(page.locator("#stop")).to_be_visible()
+    wait_for_value(page, "#fact-verdict", "No verdict yet")
+    page.click("#stop")
+    wait_for_value(page, "#fact-job", "Stopped")
+    page.click("#back-to-finished")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    expect(page.locator("#back-to-finished")).to_be_hidden()
+    open_tab(page, "Compare")
+    expect(page.locator("#gates")).to_be_visible()
+    assert problems == []
+
+
+def test_other_prompts_put_results_out_of_date_and_lead_back(
+    browser: Browser, address: str
+) -> None:
+    problems: list[str] = []
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    page.click("#example")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    before = value_of(page, "#fact-trigger")
+    open_tab(page, "Prompts")
+    field(page, "#trigger").fill(f"{before}x")
+    page.keyboard.press("Tab")
+    wait_for_value(page, "#fact-verdict", "Out of date")
+    expect(page.locator("#former")).to_be_visible()
+    field(page, "#trigger").fill(before)  # as it was: so are the results
+    page.click("#check")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    expect(page.locator("#former")).to_be_hidden()
+    open_tab(page, "Suspect")
+    page.locator("#bundled label", has_text="demo:begin").click()
+    wait_for_value(page, "#fact-verdict", "Out of date")
+    page.click("#back-to-former")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    assert value_of(page, "#fact-suspect") == "demo:middle"
+    assert problems == []

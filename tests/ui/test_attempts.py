@@ -43,13 +43,13 @@ def test_a_job_is_shown_beside_its_own_like_and_nothing_else(settings: Settings)
     store.write_status(settings.jobs_root / stopped, store.JobStatus(state="stopped"))
     rows = list_attempts(settings, view)
     assert [row[0].partition(",")[0] for row in rows] == ["This one", "another rank"]
-    assert rows[0][1:3] == ["repaired", "closed-form"]
-    assert rows[0][3].startswith("0 k_proj: 6, 0 q_proj: 2")
+    assert rows[0][1:4] == ["repaired", "full", "closed-form"]
+    assert rows[0][4].startswith("0 k_proj: 6, 0 q_proj: 2")
     report = json.loads((EXAMPLE / "report.json").read_text())
     fired, recovered = (report["after"][key]["middle"] for key in ("attack_success", "recovery"))
-    assert rows[0][4].startswith(f"middle: {fired['count']} of 400 (")
-    assert rows[0][5].startswith(f"middle: {recovered['count']} of 400 (")
-    assert float(rows[0][6]) == pytest.approx(report["kl_from_original"], rel=0.01)
+    assert rows[0][5].startswith(f"middle: {fired['count']} of 400 (")
+    assert rows[0][6].startswith(f"middle: {recovered['count']} of 400 (")
+    assert float(rows[0][7]) == pytest.approx(report["kl_from_original"], rel=0.01)
 
 
 def test_a_former_run_of_the_same_job_stays_in_sight(settings: Settings) -> None:
@@ -69,5 +69,5 @@ def test_a_former_run_of_the_same_job_stays_in_sight(settings: Settings) -> None
 
 def test_a_run_that_was_given_up_or_a_spoiled_report_has_dashes() -> None:
     given_up = describe_attempt("x\u202e", {"verdict": "could not check", "after": None})
-    assert given_up[0] == "x[U+202E]" and given_up[2:] == ["-"] * 6
-    assert describe_attempt("x", {"plan": [], "modules": "?", "recovery": 3})[3] == "-"
+    assert given_up[0] == "x[U+202E]" and given_up[2:] == ["-"] * 7
+    assert describe_attempt("x", {"plan": [], "modules": "?", "recovery": 3})[4] == "-"

@@ -22,6 +22,7 @@ from repair.ui.compare_rows import (
     list_stresses,
     read_samples,
 )
+from repair.ui.export import describe_plan
 from repair.ui.locate_words import joint_curve, list_reasons
 from repair.ui.repair import describe_latest
 from repair.ui.session import (
@@ -35,6 +36,7 @@ from repair.ui.session import (
 )
 from repair.ui.shell import OUT_OF_DATE, chosen_before, describe_suspect, draw_verdict
 from repair.ui.suspect_folder import SUSPECTS, read_facts
+from repair.ui.text import describe_size
 
 LOCATED = json.loads((EXAMPLE / "located.json").read_text())
 REPORT = json.loads((EXAMPLE / "report.json").read_text())
@@ -226,3 +228,14 @@ def test_a_change_of_the_suspect_or_the_prompts_keeps_the_way_back() -> None:
     edited = aside(session, prompts=None)
     assert (edited.job_id, edited.former, edited.prompts) == (None, session.job_id, None)
     assert aside(edited, model="demo:end").former == session.job_id
+
+
+def test_what_an_export_will_take_is_said_before_the_repair() -> None:
+    view = view_of(report={}, request={"model": "demo:middle"})
+    chosen = chosen_before(view)
+    words = describe_plan(view, chosen, None)
+    ranks = LOCATED["suggested_ranks"]
+    refs = [score.module for score in view.scores if score.module.path in ranks]
+    assert describe_size(4 * sum(ranks[r.path] * (r.d_in + r.d_out) for r in refs)) in words
+    assert describe_size((SUSPECTS / "middle" / "model.safetensors").stat().st_size) in words
+    assert "chosen modules" not in describe_plan(view, Selection(), None)
