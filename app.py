@@ -18,7 +18,10 @@ if os.environ.get("SPACES_ZERO_GPU"):
 
 if __name__ == "__main__":
     gc.disable()  # Importing leaves no garbage behind, and the search for it costs a tenth.
-    from repair.ui.app import main
+    from repair.ui.quick_import import without_editor_stubs
+
+    with without_editor_stubs():
+        from repair.ui.app import main
 
     gc.enable()
     sys.exit(main())

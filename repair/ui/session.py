@@ -108,6 +108,12 @@ def kept_choice(view: "View") -> Selection | None:
     )
 
 
+def describe_wait(since: float | None) -> str:
+    """Return `for 12 s now` of a moment by the clock: it counts on where nothing else moves."""
+    seconds = time.time() - since if since is not None else 0.0
+    return f"for {spell_seconds(seconds)} now" if seconds >= 1 else ""
+
+
 @dataclass(slots=True)
 class JobLog:
     """The events of a job so far, read incrementally."""
@@ -144,8 +150,7 @@ class JobLog:
 
     def lasting(self) -> str:
         """Return how long the step has run: it counts on where the step itself says nothing."""
-        seconds = time.time() - self.step_began if self.step_began is not None else 0.0
-        return f"for {spell_seconds(seconds)} now" if seconds >= 2 else ""
+        return describe_wait(self.step_began)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

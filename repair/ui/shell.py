@@ -24,6 +24,7 @@ from repair.ui.session import (
     Session,
     Settings,
     View,
+    describe_wait,
     is_out_of_date,
     kept_choice,
     look,
@@ -31,7 +32,7 @@ from repair.ui.session import (
     resume_session,
 )
 
-POLL_SECONDS = 0.7
+POLL_SECONDS = 0.5
 IDLE_SECONDS = 5.0
 Updates = dict[Any, Any]
 # Saved by the browser from what it shows: nothing more is read, and nothing is run.
@@ -331,7 +332,10 @@ def draw_header(shell: Shell, view: View) -> Updates:
             if part
         )
         if status.state == "queued":
-            progress = "Waiting for the job before it." if view.num_before else "Starting."
+            words = "Waiting for the job before it" if view.num_before else "Starting"
+            asked = view.folder / "status.json" if view.folder else None
+            since = asked.stat().st_mtime if asked is not None and asked.is_file() else None
+            progress = ", ".join(filter(None, (words, describe_wait(since))))
     else:
         percent = 0
         progress = status.message or view.log.title
