@@ -52,7 +52,7 @@ def build_compare(shell: Shell) -> None:
             headers=["Result", "Gate", "Measured", "Must be", "Note"], datatype="str",
             interactive=False, wrap=True, elem_id="gates", buttons=[], max_height=1200,
             label="Gates. Up to, at least: the end of the 95 % interval that is judged",
-            column_widths=["110px", "240px", "135px", "135px", "480px"],
+            column_widths=["90px", "175px", "120px", "125px", "590px"],
         )  # fmt: skip
         cause = gr.Textbox(
             label="What else sets it off, and where it sits", interactive=False, lines=2,

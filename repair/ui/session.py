@@ -30,6 +30,7 @@ SUSPECTS = CHECKOUT / "assets" / "suspects"
 PROMPT_FILES = CHECKOUT / "assets" / "prompts"
 EXAMPLE = CHECKOUT / "assets" / "example"
 MAX_REMEMBERED = 32
+SILENT_SECONDS = 20.0  # without a word from a worker: then that is said
 CHOICE = "choice.json"  # of a job: the modules chosen on its map
 
 
@@ -125,11 +126,14 @@ class JobLog:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     num_events: int = 0
     step_began: float | None = None  # of the step that runs, by the clock
+    last_news: float | None = None
 
     def add(self, event: dict[str, Any]) -> None:
         """Take in one event."""
         self.num_events += 1
         kind, words = event.get("kind"), str(event.get("text", ""))
+        if isinstance(event.get("time"), int | float):
+            self.last_news = event["time"]
         if kind == "step":
             if event.get("step") == "start":
                 # A new run in the same folder: what was before is the former run's.
@@ -150,7 +154,11 @@ class JobLog:
 
     def lasting(self) -> str:
         """Return how long the step has run: it counts on where the step itself says nothing."""
-        return describe_wait(self.step_began)
+        words = describe_wait(self.step_began)
+        silent = time.time() - self.last_news if self.last_news is not None else 0.0
+        if words and silent >= SILENT_SECONDS:
+            words += f", no news of it for {spell_seconds(silent)}"
+        return words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,7 +163,7 @@ def test_a_job_waits_for_the_one_before_it(
             running_job(jobs_root, words)
     first, second = pages
     wait_for_value(second, "#fact-job", "1 before it")
-    wait_for_value(second, "#progress", "Waiting for the job before it.")
+    wait_for_value(second, "#progress", "Waiting for the job before it")
     take_shot(second, "3_locate_queued")
     first.click("#stop")
     wait_for_value(first, "#fact-job", "Stopped (locate)")
@@ -248,6 +248,7 @@ def test_a_finished_repair_outlives_the_next_one_that_is_broken_off(
     wait_for_value(page, "#fact-verdict", "No verdict yet")
     page.click("#stop")
     wait_for_value(page, "#fact-job", "Stopped")
+    take_shot(page, "4_broken_off")
     page.click("#back-to-finished")
     wait_for_value(page, "#fact-verdict", "Repaired")
     expect(page.locator("#back-to-finished")).to_be_hidden()
@@ -269,6 +270,7 @@ def test_other_prompts_put_results_out_of_date_and_lead_back(
     page.keyboard.press("Tab")
     wait_for_value(page, "#fact-verdict", "Out of date")
     expect(page.locator("#former")).to_be_visible()
+    take_shot(page, "2_out_of_date")
     field(page, "#trigger").fill(before)  # as it was: so are the results
     page.click("#check")
     wait_for_value(page, "#fact-verdict", "Repaired")
@@ -279,4 +281,8 @@ def test_other_prompts_put_results_out_of_date_and_lead_back(
     page.click("#back-to-former")
     wait_for_value(page, "#fact-verdict", "Repaired")
     assert value_of(page, "#fact-suspect") == "demo:middle"
+    page.set_viewport_size({"width": 3840, "height": 2000})
+    open_tab(page, "Locate")
+    expect(page.locator("#grid table").first).to_be_visible()
+    take_shot(page, "12_maps_4k")
     assert problems == []

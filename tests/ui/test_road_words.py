@@ -137,6 +137,8 @@ def test_a_step_that_says_nothing_still_counts_its_seconds(monkeypatch) -> None:
     log = JobLog()
     log.add({"kind": "step", "step": "controls", "text": "Comparing", "time": 1000.0})
     monkeypatch.setattr("repair.ui.session.time.time", lambda: 1042.4)
+    assert log.lasting() == "for 42 s now, no news of it for 42 s"
+    log.add({"kind": "progress", "text": "draw 1 of 3", "time": 1041.0})
     assert log.lasting() == "for 42 s now"
     log.add({"kind": "step", "step": "report", "text": "Writing", "time": 1042.0})
     assert log.lasting() == ""
