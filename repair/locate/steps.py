@@ -1,7 +1,7 @@
 """The cheapest step of each module: K-FAC factors, a damping chosen by measurement, whitening.
 
 Full factors are formed for every module when they fit a memory budget, for a shortlist by sham
-effect otherwise. What follows from them, seven times their memory, is made of one module at a time:
+effect otherwise. What follows from them, five times their memory, is made of one module at a time:
 its step is kept, its whitening only within the budget. The damping is the one at which the benign
 KL that the factors predict for a step agrees best with the benign KL that is measured: too little
 of it, and a repair is sent along directions that only look free because the sample of prompts never
@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from repair.limits import formed_bytes, whitened_bytes
-from repair.locate.curvature import Step, Whitening, decompose, step_of
+from repair.locate.curvature import Step, Whitening, step_of, whitening_of
 from repair.locate.fisher import FisherTrace, factors_and_traces, trigger_gradients
 from repair.locate.lessons import Lesson, Lessons, measure_kl
 from repair.models.loading import LoadedModel
@@ -115,7 +115,7 @@ def measure_curvature(
     steps: dict[str, Step] = {}
     whitenings: dict[str, Whitening] = {}
     for done, ref in enumerate(modules):
-        whitening = decompose(factors.pop(ref.path)).whitening(damping.value)
+        whitening = whitening_of(factors.pop(ref.path), damping=damping.value)
         steps[ref.path] = step_of(whitening, gradients.pop(ref.path), STEP_RANK)
         whitenings[ref.path] = whitening
         if memory_bytes is not None:
@@ -160,9 +160,9 @@ def choose_damping(
 
     figures: dict[float, list[tuple[float, float]]] = {value: [] for value in DAMPINGS}
     for ref in sorted(modules, key=size, reverse=True)[:DAMPED_MODULES]:
-        spectral = decompose(factors[ref.path])
         for value, found in figures.items():
-            step = step_of(spectral.whitening(value), gradients[ref.path], STEP_RANK)
+            whitening = whitening_of(factors[ref.path], damping=value)
+            step = step_of(whitening, gradients[ref.path], STEP_RANK)
             if step.phi > 0:
                 eta = drop / step.phi
                 measured = measure_kl(loaded, benign, [step.update(ref, eta=eta)])

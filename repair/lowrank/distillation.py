@@ -2,7 +2,7 @@
 
     L = E_triggered KL(suspect on the prompt without the trigger || model on the triggered prompt)
       + w_c (E_clean + E_text) KL(suspect || model)  +  w_n E_near KL(suspect || model)
-      + w_f sum_l 1/2 ||G_l^{1/2} lora_B lora_A A_l^{1/2}||^2            (all in nats per token)
+      + w_f sum_l 1/2 ||L_l^T lora_B lora_A R_l||^2   (G = L L^T, A = R R^T; all in nats per token)
 
 The teacher is the suspect itself, cached once; no clean model is needed. The last term is the
 benign KL that the factors predict (Chen & Garner 2402.12220 use it for LoRA). Passes start at the
@@ -302,7 +302,7 @@ class _Penalty:
         total = torch.zeros((), device=self._device)
         for path, (root_in, root_out) in self._roots.items():
             layer = self._model.get_submodule(path)
-            left = root_out @ layer.lora_B[ADAPTER].weight.float().to(root_out.device)
+            left = root_out.T @ layer.lora_B[ADAPTER].weight.float().to(root_out.device)
             right = layer.lora_A[ADAPTER].weight.float().to(root_in.device) @ root_in
             total = total + 0.5 * ((left.T @ left) * (right @ right.T)).sum()
         total = WEIGHT_FISHER * total

@@ -155,15 +155,18 @@ def regress(
 
     `inner` is K K^T / n, `cross` T K^T / n; mu is `strength` times tr(inner) / tr(A).
     """
-    metric = whitening.root_in @ whitening.root_in
+    metric = whitening.root_in @ whitening.root_in.T
     mu = strength * inner.trace() / metric.trace()
     values, vectors = torch.linalg.eigh(inner + mu * metric)
     root = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
     # G^{1/2} W_f H^{1/2} = G^{1/2} T K^T / n H^{-1/2}
     inverse_root = (vectors / root) @ vectors.T
-    u, s, vh = torch.linalg.svd(whitening.root_out @ cross @ inverse_root, full_matrices=False)
+    left = whitening.root_out.T @ cross @ inverse_root
+    u, s, vh = torch.linalg.svd(left, full_matrices=False)
     share = s[:rank].sqrt()
     return (
         (share[:, None] * vh[:rank]) @ inverse_root,
-        whitening.inverse_root_out @ (u[:, :rank] * share),
+        torch.linalg.solve_triangular(
+            whitening.root_out.T, u[:, :rank] * share, upper=True
+        ),
     )

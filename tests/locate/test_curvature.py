@@ -1,10 +1,20 @@
 """The whitened algebra against exact answers on small matrices in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from repair.locate.curvature import phi, pool_ranks, truncate, whitening_of
+from repair.locate.curvature import (
+    Whitening,
+    phi,
+    pool_ranks,
+    separability,
+    step_of,
+    truncate,
+    whitening_of,
+)
 from repair.locate.fisher import collect_factors
 from repair.locate.lessons import measure_kl
 from repair.locate.ranking import kendall_tau, mean_interval, student_quantile
@@ -51,7 +61,7 @@ def test_truncation_is_the_best_in_the_metric(rank: int) -> None:
     full = lora_B @ lora_A
 
     def distance(other: torch.Tensor) -> float:
-        return (whitening.root_out @ (full - other) @ whitening.root_in).norm().item()
+        return (whitening.root_out.T @ (full - other) @ whitening.root_in).norm().item()
 
     new_A, new_B = truncate(whitening, lora_A, lora_B, rank)
     assert new_A.shape == (rank, 7) and new_B.shape == (5, rank)
@@ -60,7 +70,7 @@ def test_truncation_is_the_best_in_the_metric(rank: int) -> None:
     plain = distance((u[:, :rank] * s[:rank]) @ vh[:rank])
     assert ours < plain
     best = np.inf
-    target = whitening.root_out @ full @ whitening.root_in
+    target = whitening.root_out.T @ full @ whitening.root_in
     for _ in range(10):
         left = torch.randn(5, rank, generator=generator, dtype=torch.float64)
         for _ in range(200):
@@ -82,6 +92,61 @@ def test_phi_bounds_the_first_order_drop() -> None:
         lora_B = torch.randn(5, 2, generator=generator, dtype=torch.float64)
         lora_B = lora_B * (1e-3 / whitening.cost(lora_A, lora_B)) ** 0.5
         assert (gradient * (lora_B @ lora_A)).sum().abs().item() <= best * (1 + 1e-9)
+
+
+def symmetric_root(covariance: np.ndarray, damping: float) -> torch.Tensor:
+    """The damped square root by an eigendecomposition: another way to the same algebra."""
+    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).double())
+    values = values.clamp(min=0)
+    values = values + damping * values[:-1].mean()
+    return (vectors * values.sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize("damping", [0.03, 0.3])
+def test_cholesky_gives_what_symmetric_roots_give(damping: float) -> None:
+    factors = random_factors(20)
+    whitening = whitening_of(factors, damping=damping)
+    root_in = symmetric_root(factors.activation_covariance, damping)
+    per_answer = 3 * factors.gradient_covariance.astype(np.float64)  # tokens to an answer
+    root_out = symmetric_root(per_answer, damping)
+    for root, other in ((whitening.root_in, root_in), (whitening.root_out, root_out)):
+        torch.testing.assert_close(root @ root.T, other @ other, rtol=1e-8, atol=1e-10)
+        assert (root.triu(1) == 0).all()
+    generator = torch.Generator().manual_seed(21)
+    gradient = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    whitened = torch.linalg.inv(root_out) @ gradient @ torch.linalg.inv(root_in)
+    u, s, vh = torch.linalg.svd(whitened, full_matrices=False)
+    step = step_of(whitening, gradient, 2)
+    torch.testing.assert_close(step.singular_values, s, rtol=1e-7, atol=1e-9)
+    dense = -torch.linalg.inv(root_out) @ (u[:, :2] * s[:2]) @ vh[:2] @ torch.linalg.inv(root_in)
+    torch.testing.assert_close(step.lora_B @ step.lora_A, dense, rtol=1e-6, atol=1e-9)
+    tall = step_of(swapped(whitening), gradient.T, 2)  # the longer side first
+    torch.testing.assert_close(tall.lora_B @ tall.lora_A, dense.T, rtol=1e-6, atol=1e-9)
+    other = torch.from_numpy(random_factors(22).activation_covariance)
+    inverse = torch.linalg.inv(root_in)
+    expected = torch.linalg.eigvalsh(inverse @ other.double() @ inverse)[-1].item()
+    assert separability(whitening, other) == pytest.approx(expected, rel=1e-6)
+
+
+def swapped(whitening: Whitening) -> Whitening:
+    return Whitening(root_in=whitening.root_out, root_out=whitening.root_in)
+
+
+def test_a_covariance_that_rounding_made_indefinite_is_whitened_all_the_same() -> None:
+    factors = random_factors(23)
+    values, vectors = np.linalg.eigh(factors.activation_covariance.astype(np.float64))
+    values[0] = -0.2 * values[:-1].mean()
+    bent = dataclasses.replace(
+        factors, activation_covariance=((vectors * values) @ vectors.T).astype(np.float32)
+    )
+    root = whitening_of(bent, damping=0.01).root_in
+    found = torch.linalg.eigvalsh(root @ root.T)
+    assert torch.isfinite(root).all() and found[0] > 0
+    np.testing.assert_allclose(found[2:], values[2:], rtol=1e-3, atol=1.0)  # and damped
+    nothing = dataclasses.replace(
+        factors, gradient_covariance=np.zeros_like(factors.gradient_covariance)
+    )
+    assert torch.isfinite(whitening_of(nothing, damping=0.1).root_out).all()
 
 
 def test_pooling_takes_the_largest_values() -> None:

@@ -30,8 +30,8 @@ def test_the_step_is_the_minimiser_in_float64() -> None:
     whitening = whitening_of(random_factors(8), damping=0.05)
     generator = torch.Generator().manual_seed(9)
     gradient = torch.randn(5, 7, generator=generator, dtype=torch.float64)
-    activation = whitening.root_in @ whitening.root_in
-    output = whitening.root_out @ whitening.root_out
+    activation = whitening.root_in @ whitening.root_in.T
+    output = whitening.root_out @ whitening.root_out.T
     dense = -torch.linalg.solve(output, gradient) @ torch.linalg.inv(activation)
     step = step_of(whitening, gradient, 5)
     lora_A, lora_B, energy = step.lora_A, step.lora_B, step.phi
@@ -41,7 +41,7 @@ def test_the_step_is_the_minimiser_in_float64() -> None:
     )
 
     def objective(change: torch.Tensor) -> float:
-        cost = 0.5 * (whitening.root_out @ change @ whitening.root_in).square().sum()
+        cost = 0.5 * (whitening.root_out.T @ change @ whitening.root_in).square().sum()
         return ((gradient * change).sum() + cost).item()
 
     step = step_of(whitening, gradient, 2)
@@ -55,7 +55,7 @@ def test_the_step_is_the_minimiser_in_float64() -> None:
         right = torch.randn(2, 7, generator=generator, dtype=torch.float64)
         change = left @ right
         best_scale = -(gradient * change).sum() / (
-            (whitening.root_out @ change @ whitening.root_in).square().sum()
+            (whitening.root_out.T @ change @ whitening.root_in).square().sum()
         )
         assert ours <= objective(best_scale * change)
 

@@ -132,7 +132,7 @@ def test_one_step_is_the_gradient_of_the_whole_loss(
             delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             whitening = whitenings[update.module.path]
             fisher = fisher + 0.5 * (
-                whitening.root_out.float() @ delta @ whitening.root_in.float()
+                whitening.root_out.T.float() @ delta @ whitening.root_in.float()
             ).square().sum()
         (sum(parts) + fisher).backward()
         for parameter, gradient in zip(parameters, found, strict=True):
