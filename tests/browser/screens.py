@@ -1,9 +1,10 @@
 """Every state of the app, light and dark side by side, as the browser tests saw it last.
 
-    SHOTS=1 python -m pytest tests/browser tests/browser/hub_road.py
+    SHOTS=1 python -m pytest tests/browser
+    SHOTS=1 python -m pytest tests/browser/hub_road.py
     python -m tests.browser.screens
 
-The first leaves its pictures in `shots/` (not kept). The second writes `screens/NAME.webp` and
+The first two leave their pictures in `shots/` (not kept). The third writes `screens/NAME.webp` and
 `screens/README.md`, which are kept: a change of the app is looked at there.
 """
 
