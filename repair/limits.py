@@ -9,7 +9,8 @@ PATCHING_KEPT = 1 << 30  # of main memory for what both unpatched runs keep of e
 PREFIX_KEPT = 2 << 30  # on a CPU; on a GPU a third of what is free
 FACTORS_KEPT = 2 << 30  # full factors of the shortlist as they are formed, and again whitenings
 FORMED_BYTES, GRADIENT_BYTES = 4, 8  # of one number of the factors, and of the trigger's gradient
-FACTOR_BYTES = 4 + 8 + 8  # of one number of a factor that is whitened: itself, as float64, its root
+ROOT_BYTES = 8  # of one number of a factor's root
+FACTOR_BYTES = 4 + 8 + ROOT_BYTES  # of one that is whitened: itself, as float64, its root
 FISHER_TOKENS = 512  # of one pass on a CPU: what a pass keeps then fits memory that is reused
 TEXT_SHARE = 0.5  # plain texts that a repair may not touch either, to one clean answer
 TRAINING_TOKENS = 2_048  # of one pass: shorter passes pad less
@@ -21,5 +22,10 @@ def formed_bytes(d_in: int, d_out: int) -> int:
 
 
 def whitened_bytes(d_in: int, d_out: int) -> int:
-    """Return the memory of a module's factors while they are whitened; the roots are less."""
+    """Return the memory of a module's factors while they are whitened."""
     return (d_in**2 + d_out**2) * FACTOR_BYTES
+
+
+def root_bytes(d_in: int, d_out: int) -> int:
+    """Return the memory of a module's roots: what is kept of it."""
+    return (d_in**2 + d_out**2) * ROOT_BYTES

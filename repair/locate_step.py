@@ -6,7 +6,7 @@ from pathlib import Path
 
 from repair import locate_file
 from repair.case import Case, make_lessons
-from repair.limits import FACTORS_KEPT, whitened_bytes
+from repair.limits import FACTORS_KEPT, root_bytes
 from repair.locate import locating, steps
 from repair.locate.curvature import Whitening
 from repair.locate.lessons import Lessons
@@ -59,7 +59,7 @@ class Located:
 
     def fits(self, modules: Sequence[ModuleRef]) -> bool:
         """Return whether the whitenings of all `modules` fit the memory budget together."""
-        return sum(whitened_bytes(ref.d_in, ref.d_out) for ref in modules) <= FACTORS_KEPT
+        return sum(root_bytes(ref.d_in, ref.d_out) for ref in modules) <= FACTORS_KEPT
 
 
 def locate_suspect(case: Case, folder: Path, clock: Clock, *, resume: bool) -> Located:

@@ -27,6 +27,7 @@ from repair.limits import (
     TEXT_SHARE,
     TRAINING_TOKENS,
     formed_bytes,
+    root_bytes,
     whitened_bytes,
 )
 from repair.machine import has_bfloat16
@@ -311,10 +312,11 @@ def _working_sets(shape: Shape, work: Work, itemsize: int) -> dict[str, int]:
     )
     whitened = [whitened_bytes(*sizes) for sizes in shape.modules]
     formed = [formed_bytes(*sizes) for sizes in shape.modules]
-    kept_factors = min(num_layers * sum(whitened), max(FACTORS_KEPT, max(whitened)))
+    roots = [root_bytes(*sizes) for sizes in shape.modules]
+    kept_factors = min(num_layers * sum(roots), max(FACTORS_KEPT, max(roots)))
     formed_factors = min(num_layers * sum(formed), max(FACTORS_KEPT, max(formed)))
     # Of the modules repaired all are whitened, whatever the budget.
-    factors = max(kept_factors, min(REPAIRED, num_layers) * max(whitened))
+    factors = max(kept_factors, min(REPAIRED, num_layers) * max(roots)) + max(whitened)
     graph = {
         tokens: tokens * depth * (8 * shape.width + 4 * shape.inner) * itemsize
         + tokens * depth * 2 * shape.heads * lesson_tokens * itemsize
@@ -329,7 +331,8 @@ def _working_sets(shape: Shape, work: Work, itemsize: int) -> dict[str, int]:
         "before": max(answers, scoring),
         "lessons": teacher + asked + scoring,
         "patching": teacher + max(kept, asked),
-        "curvature": teacher + formed_factors + max(kept_factors, graph[FISHER_TOKENS]),
+        "curvature": teacher + formed_factors
+        + max(kept_factors + max(whitened), graph[FISHER_TOKENS]),
         "joint": teacher + kept_factors + kept,
         "repair": teacher + factors + graph[TRAINING_TOKENS],
         "after": measuring + factors,

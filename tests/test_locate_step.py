@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from repair import locate_step
-from repair.limits import whitened_bytes
+from repair.limits import root_bytes
 from repair.locate.steps import Damping, measure_curvature
 from repair.locate_step import Located
 from repair.models.loading import LoadedModel
@@ -25,7 +25,7 @@ def test_whitenings_beyond_the_memory_are_forgotten_and_made_again(
         map=SimpleNamespace(damping=damping),
         lessons=lessons,
     )
-    room = whitened_bytes(first.d_in, first.d_out)
+    room = root_bytes(first.d_in, first.d_out)
     monkeypatch.setattr(locate_step, "FACTORS_KEPT", 2 * room)
     assert located.whitenings([first.path]).keys() == {first.path}
     assert located.whitenings([second.path]).keys() == {first.path, second.path}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from repair.limits import formed_bytes, whitened_bytes
+from repair.limits import formed_bytes, root_bytes
 from repair.locate.curvature import Step, Whitening, step_of, whitening_of
 from repair.locate.fisher import FisherTrace, factors_and_traces, trigger_gradients
 from repair.locate.lessons import Lesson, Lessons, measure_kl
@@ -129,7 +129,7 @@ def _keep_within(
 ) -> None:
     """Drop the whitenings of the smallest phi until the rest fits the budget."""
     sizes = {
-        path: whitened_bytes(len(found.root_in), len(found.root_out))
+        path: root_bytes(len(found.root_in), len(found.root_out))
         for path, found in whitenings.items()
     }
     while sum(sizes.values()) > memory_bytes:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from repair.limits import FACTORS_KEPT, formed_bytes, whitened_bytes
+from repair.limits import FACTORS_KEPT, formed_bytes, root_bytes
 from repair.locate.curvature import separability, step_of, whitening_of
 from repair.locate.fisher import collect_factors, input_covariances, trigger_gradients
 from repair.locate.lessons import measure_kl
@@ -86,13 +86,13 @@ def test_whitenings_are_kept_within_the_memory_and_steps_of_all(
     refs, damping = tiny_llama.modules, Damping(value=0.7)
     whole = measure_curvature(tiny_llama, refs, lessons, seed=0, damping=damping)
     best = sorted(refs, key=lambda ref: -whole.steps[ref.path].phi)[:3]
-    room = sum(whitened_bytes(ref.d_in, ref.d_out) for ref in best)
+    room = sum(root_bytes(ref.d_in, ref.d_out) for ref in best)
     some = measure_curvature(
         tiny_llama, refs, lessons, seed=0, damping=damping, memory_bytes=room
     )
     assert best[0].path in some.whitenings and len(some.whitenings) < len(refs)
     held = [ref for ref in refs if ref.path in some.whitenings]
-    assert sum(whitened_bytes(ref.d_in, ref.d_out) for ref in held) <= room
+    assert sum(root_bytes(ref.d_in, ref.d_out) for ref in held) <= room
     assert some.steps.keys() == whole.steps.keys() == {ref.path for ref in refs}
     for path, step in some.steps.items():
         assert torch.equal(step.lora_B, whole.steps[path].lora_B)
