@@ -38,20 +38,23 @@ def total(rates: dict) -> str:
 
 def map_predicts() -> Iterator[str]:
     found = json.loads((HERE / "results" / "map_predicts.json").read_text())["suspects"]
-    yield ("| backdoor | what the map says | trial repair (the score) | sham patching, all / "
-           "trigger's positions | phi | fires before | suggested set | 20 random sets, median "
+    yield ("| backdoor | what the map says | trial repair (the score) | sham patching, all | at "
+           "the trigger | phi | fires before | suggested set | 20 random sets, median "
            "(range) | dearer |")  # fmt: skip
-    yield "|" + "---|" * 9
+    yield "|" + "---|" * 10
     for name, run in found.items():
-        of = run["spearman"]
-        trigger = f"{of['effect_trigger']:.2f}" if "effect_trigger" in of else "-"
+        outcomes = (run["spearman"], run["spearman_trained"])
+
+        def both(score: str, outcomes: tuple[dict, dict] = outcomes) -> str:
+            return " / ".join(f"{of[score]:.2f}" if score in of else "-" for of in outcomes)
+
         fires = [flat["fires"]["count"] for flat in run["random"]]
         dearer = (
             run[f"dearer_at_{whose}_trigger_kl"] for whose in ("the_suggestions", "their_own")
         )
         yield (
-            f"| {name} | {run['statement']} | **{of['score']:.2f}** | {of['effect']:.2f} / "
-            f"{trigger} | {of['curvature']:.2f} | {short(run['fires_before'])} | "
+            f"| {name} | {run['statement']} | **{both('score')}** | {both('effect')} | "
+            f"{both('effect_trigger')} | {both('curvature')} | {short(run['fires_before'])} | "
             f"{rate(run['suggested_fires'])} | {statistics.median(fires):g}/"
             f"{run['random'][0]['fires']['total']} ({min(fires)} to {max(fires)}) | "
             f"{' / '.join(map(rate, dearer))} |"
