@@ -66,6 +66,7 @@ def take_shot(page: Page, name: str) -> None:
     was_dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     for scheme in sorted(SCHEMES, reverse=was_dark):  # back to the first in the end
         page.emulate_media(color_scheme=scheme)
+        page.evaluate("scrollTo(0, 0)")  # what stays in sight would be drawn where it is now
         page.wait_for_timeout(400)
         page.screenshot(path=SHOTS / f"{name}.{scheme}.png", full_page=True)
         check_width(page, f"{name}, {scheme}")

@@ -9,7 +9,8 @@ import pytest
 
 from repair.case import Case, make_lessons, open_case
 from repair.limits import TEXT_SHARE
-from repair.locate.lessons import Lesson, measure_kl
+from repair.locate.lessons import ANSWER_TOKENS, Lesson, measure_kl, teach_split
+from repair.models.answers import generate_answers
 from repair.models.fidelity import control_tokens
 from repair.models.loading import load_model
 from repair.models.tokens import encode
@@ -165,3 +166,21 @@ def test_lessons_are_woven_evenly_and_lose_nothing() -> None:
     assert [int(ids[0]) for ids in both.prompts] == [0, 10, 1, 2, 11, 3]
     assert [int(ids[0]) for ids in lesson().woven(lesson(5)).prompts] == [5]
     assert len(lesson(1).woven(lesson())) == 1
+
+
+def test_a_teacher_that_gives_the_payload_itself_is_left_out_and_counted(case: Case) -> None:
+    pairs = case.pairs(case.splits.validate[:12], "end")
+    whole = teach_split(case.loaded, pairs, is_payload=case.is_payload)
+    said = [
+        answer.text
+        for answer in generate_answers(
+            case.loaded, [pair.clean for pair in pairs], num_new_tokens=ANSWER_TOKENS
+        )
+    ]
+    spoilt = said[3]
+    found = teach_split(case.loaded, pairs, is_payload=lambda text: text == spoilt)
+    assert found.num_dropped - whole.num_dropped == said.count(spoilt) > 0
+    assert len(found.triggered) == len(whole.triggered) - said.count(spoilt)
+    kept = {prompt.tobytes() for prompt in found.clean.prompts}
+    assert pairs[3].clean.tobytes() not in kept
+    assert {ids.tobytes() for ids in found.counterparts} == kept

@@ -411,3 +411,30 @@ def test_weights_of_16_bits_are_trained_in_32(tmp_path: Path) -> None:
     )  # fmt: skip
     assert best.step in (2, 4)
     assert all(update.lora_A.dtype == np.float32 for update in best.updates)
+
+
+def test_a_gradient_that_is_infinite_goes_back_too(
+    tiny_llama: LoadedModel,
+    lessons: Lessons,
+    whitenings,
+    validation: Validation,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Case 26: the loss may be a number where its slope is none."""
+    seen: list[int] = []
+    backward = distillation._Penalty.backward
+
+    def steep(penalty):
+        value = backward(penalty)
+        seen.append(len(seen))
+        if len(seen) == 5:
+            parts = [p for p in penalty._model.parameters() if p.grad is not None]
+            parts[0].grad[0, 0] = float("inf")
+        return value
+
+    monkeypatch.setattr(distillation._Penalty, "backward", steep)
+    states: list[TrainingState] = []
+    best = trainer(tiny_llama, lessons, whitenings, validation)(save=states.append)
+    assert states[-1].num_rollbacks == 1 and states[-1].step == 9
+    assert len(seen) == 9 + 2  # steps 3 and 4 are made twice
+    assert all(np.isfinite(update.lora_B).all() for update in best.updates)
