@@ -103,6 +103,7 @@ def build_choice(shell: Shell, maps: gr.HTML, *, effect: gr.Radio, go_on: gr.But
         }
 
     shell.add(draw, [bar, more, *small])
+    shell.chosen += [maps, count, mirror]
 
     def choose(
         request: gr.Request, event: gr.EventData, session: Session, selection: Selection

@@ -82,6 +82,8 @@ class Shell:
     on_tab: dict[str, tuple[Sequence[Any], Callable[[View, Selection], Updates]]] = field(
         default_factory=dict
     )
+    # What shows the choice of modules: a click changes it while an answer may be on its way.
+    chosen: list[Any] = field(default_factory=list)
     # Small things to say about the visitor when the page opens: function of the request, box.
     on_load: list[tuple[Callable[..., str], gr.Textbox]] = field(default_factory=list)
     # Listeners name all components of all tabs, so they are made when all are built.
@@ -387,10 +389,14 @@ def wire_shell(shell: Shell, demo: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         if change_key(view) == seen:
             return {shell.seen: gr.skip()}  # Somebody's click came first.
         announce_end(view)
-        # The suggestion is chosen when the map appears, and never again by itself.
-        if view.scores and not had_scores(seen):
-            selection = suggested(view)
-        return shell.show(view, selection)
+        # The suggestion is chosen when the map appears, and never again by itself: of a map that
+        # stands the choice is the visitor's, who may have clicked since this was asked for.
+        if not view.scores or not had_scores(seen):
+            return shell.show(view, suggested(view) if view.scores else selection)
+        updates = shell.show(view, selection)
+        for component in (shell.selection, *shell.chosen):
+            updates.pop(component, None)
+        return updates
 
     def stop(request: gr.Request, session: Session, selection: Selection) -> Updates:
         view = look(shell.settings, session, request)

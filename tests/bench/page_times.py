@@ -27,7 +27,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.bench.peers import ROOT, publish
 from tests.browser.pages import find_chromium, free_port, open_tab, wait_for_value
 
-PATIENCE = 600_000  # milliseconds for one job
+PATIENCE = 300_000  # milliseconds for one job
 CLICK = """(cell) => new Promise((done) => {
   const box = document.querySelector('#count textarea, #count input');
   const before = box.value, began = performance.now();
