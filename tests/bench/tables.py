@@ -43,7 +43,7 @@ def map_predicts() -> Iterator[str]:
            "(range) | dearer |")  # fmt: skip
     yield "|" + "---|" * 10
     for name, run in found.items():
-        outcomes = (run["spearman"], run["spearman_trained"])
+        outcomes = (run["spearman"], run.get("spearman_trained", {}))
 
         def both(score: str, outcomes: tuple[dict, dict] = outcomes) -> str:
             return " / ".join(f"{of[score]:.2f}" if score in of else "-" for of in outcomes)
