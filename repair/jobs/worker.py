@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from repair.jobs import store
+from repair.jobs import rerun, store
 from repair.jobs.store import JobStatus
 from repair.machine import die_with_parent, num_threads, total_memory
 from repair.records import (
@@ -275,7 +275,7 @@ def work(folder: Path) -> int:
         return EXIT_UNEXPECTED
     verdict = judge(request, folder, code)
     if verdict is not None:
-        store.let_go(folder)
+        rerun.let_go(folder)
     reporter.end("done", verdict or "done")
     write_end(folder, status, state="done", exit_code=code, message=None, verdict=verdict)
     return code

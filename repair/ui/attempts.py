@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repair.jobs import store
+from repair.jobs import rerun, store
 from repair.ui import text
 from repair.ui.session import Settings, View
 
@@ -27,7 +27,7 @@ def list_attempts(settings: Settings, view: View) -> list[list[str]]:
     rows = [describe_attempt("This one", view.report)]
     rows += [
         describe_attempt(f"Before, in this case, {when(time)}", report)
-        for time, report in store.read_attempts(view.folder)
+        for time, report in rerun.read_attempts(view.folder)
     ]
     rows += [describe_attempt(name, report) for name, report in other_jobs(settings, view)]
     return rows[:MAX_SHOWN] if len(rows) > 1 else []

@@ -1,7 +1,6 @@
 """What the Compare tab's tables show: `report.json` and `samples.json` as rows of plain text."""
 
 import difflib
-import math
 import re
 from typing import Any
 
@@ -218,19 +217,13 @@ def list_gates(report: dict[str, Any]) -> list[list[str]]:
 def describe_bound(gate: dict[str, Any]) -> tuple[str, str]:
     """Return what was measured and what it must be, with which end of an interval is judged."""
     kind = str(gate.get("name", "")).partition(":")[0]
-    number = percent if kind in SHARES else text.describe_number
+    number = text.describe_share if kind in SHARES else text.describe_number
     found, limit = number(gate.get("value")), number(gate.get("limit"))
     if found != "-":
         found = f"{JUDGED_END.get(kind, '')} {found}".strip()
     if limit != "-":
         limit = f"{'at least' if kind in LEAST else 'at most'} {limit}"
     return found, limit
-
-
-def percent(value: Any) -> str:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return "-"
-    return f"{100 * value:.1f} %"
 
 
 def list_controls(report: dict[str, Any]) -> list[list[str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from repair.jobs import store
+from repair.jobs import rerun
 from repair.profiles import PROFILES
 from repair.records import RepairError
 from repair.ui import grid, text
@@ -193,7 +193,7 @@ def build_locate(shell: Shell) -> None:
         if not isinstance(wanted, int | float) or not 0 <= int(wanted) <= last:
             raise RepairError(f"Layer {wanted} does not exist. Choose a layer from 0 to {last}.")
         asked = {**view.request, "command": "locate", "resume": True, "detail": int(wanted)}
-        store.replace_request(view.folder, asked, keeps_results=True)
+        rerun.replace_request(view.folder, asked, keeps_results=True)
         start_job(shell.settings, view.folder, request)
         return session, selection
 
@@ -217,7 +217,7 @@ def build_locate(shell: Shell) -> None:
         view = look(settings, session, request)
         if folder is not None and is_broken_off(view):
             # The same case, with its name and note: nothing was made that another could spoil.
-            store.replace_request(folder, asked)
+            rerun.replace_request(folder, asked)
             start_job(settings, folder, request)
             return session, Selection()
         job_id = begin_case(settings, asked, request)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from repair.jobs import store
+from repair.jobs import rerun
 from repair.profiles import PROFILES
 from repair.records import RepairError
 from repair.ui import text
@@ -155,7 +155,7 @@ def begin_repair(
         asked["controls"] = choice.controls
     check_start(settings, request)
     check_needs(asked, settings)
-    store.replace_request(view.folder, asked)
+    rerun.replace_request(view.folder, asked)
     start_job(settings, view.folder, request)
 
 
@@ -259,7 +259,7 @@ def build_repair(shell: Shell) -> None:
                 value=words, interactive=is_ready,
                 variant="secondary" if view.report else "primary",
             ),
-            back: gr.Button(visible=view.folder is not None and store.can_go_back(view.folder)),
+            back: gr.Button(visible=view.folder is not None and rerun.can_go_back(view.folder)),
             go_on: gr.Button(visible=bool(view.report)),
         }  # fmt: skip
         asked, values = view.request, {}
@@ -292,7 +292,7 @@ def build_repair(shell: Shell) -> None:
         view = look(shell.settings, session, request)
         if view.folder is None:
             raise RepairError("There is no case to go back in.")
-        store.go_back(view.folder)
+        rerun.go_back(view.folder)
         asked = look(shell.settings, session, request).request.get("modules")
         repaired = set(map(str, asked)) if isinstance(asked, list) else set()
         known = tuple(s.module.path for s in view.scores if s.module.path in repaired)

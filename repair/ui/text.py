@@ -98,6 +98,13 @@ def describe_number(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
+def describe_share(value: Any) -> str:
+    """Return a share as a percentage; a dash where there is none."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    return f"{100 * value:.1f} %"
+
+
 def describe_state(status: JobStatus, command: str, num_before: int) -> str:
     """Return the job's state in words."""
     words = STATE_WORDS[status.state]

@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from repair.jobs import store
+from repair.records import RESULTS
 from tests.browser.pages import (
     REPOSITORY,
     field,
@@ -47,7 +48,7 @@ def deep_job(address: str, jobs_root: Path) -> str:
     """The id of a located job of 560 modules."""
     job_id = store.adopt_job(jobs_root, REPOSITORY / "assets" / "example", owner="local")
     folder = jobs_root / job_id
-    for name in store.RESULTS:
+    for name in RESULTS:
         (folder / name).unlink(missing_ok=True)
     located = json.loads((folder / "located.json").read_text())
     like, draw = located["modules"][0], random.Random(0)

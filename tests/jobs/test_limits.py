@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from repair import machine
-from repair.jobs import launch, store, supervisor
+from repair.jobs import launch, rerun, store, supervisor
 from repair.jobs.launch import choose_module, hub_sources
 from repair.jobs.supervisor import Limits
 from repair.records import RepairError
@@ -152,7 +152,7 @@ def test_an_export_is_not_deleted_or_replaced_while_it_is_uploaded(tmp_path):
     with pytest.raises(RepairError, match="is being uploaded"):
         store.delete_job(root, folder.name, owner="me")
     with pytest.raises(RepairError, match="is being uploaded"):
-        store.replace_request(folder, make_request())
+        rerun.replace_request(folder, make_request())
     store.write_status(upload, store.JobStatus(state="done"))
     store.delete_job(root, folder.name, owner="me")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from repair.jobs import launch, store, supervisor, worker
+from repair.jobs import launch, rerun, store, supervisor, worker
 from repair.records import RepairError
 from tests.jobs.stand_in import REPOSITORY, build_checkout, make_request
 from tests.waiting import wait_until
@@ -191,7 +191,7 @@ def test_a_stopped_job_can_be_started_again(lane):
     wait_until(lambda: not lane.is_busy(folder))
     request = store.read_object(folder / "request.json")
     request["modules"] = ["model.layers.0.mlp.down_proj"]
-    store.replace_request(folder, request)
+    rerun.replace_request(folder, request)
     assert store.read_status(folder).state == "queued"
 
 

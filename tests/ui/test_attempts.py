@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from repair.jobs import store
+from repair.jobs import rerun, store
 from repair.jobs.supervisor import Supervisor
 from repair.ui.attempts import describe_attempt, list_attempts
 from repair.ui.session import EXAMPLE, Session, Settings, look
@@ -57,7 +57,7 @@ def test_a_former_run_of_the_same_job_stays_in_sight(settings: Settings) -> None
     folder = settings.jobs_root / job_id
     report = store.read_object(folder / "report.json")
     asked = store.read_object(folder / "request.json")
-    store.replace_request(folder, {**asked, "rank": 1})
+    rerun.replace_request(folder, {**asked, "rank": 1})
     assert list_attempts(settings, look(settings, Session(job_id=job_id), None)) == []  # running
     again = {**report, "verdict": "not repaired"}
     store.write_json(folder / "report.json", again)
