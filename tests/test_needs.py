@@ -11,6 +11,7 @@ from repair.jobs.worker import Reporter
 from repair.models import placement
 from repair.models.loading import load_model
 from repair.models.modules import find_modules
+from repair.models.staging import stage_model
 from repair.needs import Work, check_fits, estimate, largest, read_shape, total_seconds, work_of
 from repair.records import RepairError
 from tests.tiny import ARCHITECTURES, build_tiny
@@ -157,3 +158,24 @@ def test_a_worker_says_what_it_will_need(
     load_model(str(tiny_llama_folder), stage_folder=tmp_path / "s", device="cpu", check=check)
     said = (tmp_path / "events.jsonl").read_text()
     assert "This job needs about" in said and "GiB free, and about" in said
+
+
+def test_a_job_that_one_gpu_does_not_hold_counts_with_all_there_is(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reporter = Reporter(tmp_path)
+    staged = stage_model(tiny_llama_folder, tmp_path / "s")
+    for given, words in (
+        ({0: 10 << 20, "cpu": 64 << 30}, "memory of all GPUs and of the machine"),
+        ({0: 48 << 30, "cpu": 64 << 30}, "of GPU memory"),
+    ):
+        monkeypatch.setattr(needs_step, "places_for", lambda wanted, device, given=given: given)
+        needs_step.needs_check({"command": "locate"}, tmp_path, reporter)(
+            staged, "float32", "cuda"
+        )
+        assert words in (tmp_path / "events.jsonl").read_text().splitlines()[-1]
+    monkeypatch.setattr(needs_step, "places_for", lambda wanted, device: {0: 10 << 20})
+    with pytest.raises(RepairError, match="of GPU memory"):
+        needs_step.needs_check({"command": "locate"}, tmp_path, reporter)(
+            staged, "float32", "cuda"
+        )

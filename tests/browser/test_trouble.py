@@ -14,6 +14,7 @@ from tests.browser.pages import (
     HOSTILE,
     check_width,
     field,
+    forget_reload,
     open_more,
     open_page,
     open_tab,
@@ -38,6 +39,14 @@ def load(page: Page, folder: Path, prompts: dict) -> None:
         page.click("#upload")
     chooser.value.set_files(path)
     expect(page.locator("#to-locate")).to_be_visible()
+
+
+def open_example(browser: Browser, address: str, problems: list[str]) -> Page:
+    """Open a page on a finished example of its own."""
+    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
+    page.click("#example")
+    wait_for_value(page, "#fact-verdict", "Repaired")
+    return page
 
 
 def running_job(jobs_root: Path, note: str) -> Path:
@@ -237,9 +246,7 @@ def test_a_finished_repair_outlives_the_next_one_that_is_broken_off(
 ) -> None:
     """And what would be run is shown: a field that nobody touched decides nothing."""
     problems: list[str] = []
-    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
-    page.click("#example")
-    wait_for_value(page, "#fact-verdict", "Repaired")
+    page = open_example(browser, address, problems)
     open_tab(page, "Repair")
     open_more(page, "#repair-more")
     assert field(page, "#num-controls").input_value() == "3"
@@ -261,9 +268,7 @@ def test_other_prompts_put_results_out_of_date_and_lead_back(
     browser: Browser, address: str
 ) -> None:
     problems: list[str] = []
-    page = open_page(browser, address, problems, viewport={"width": 1280, "height": 900})
-    page.click("#example")
-    wait_for_value(page, "#fact-verdict", "Repaired")
+    page = open_example(browser, address, problems)
     before = value_of(page, "#fact-trigger")
     open_tab(page, "Prompts")
     field(page, "#trigger").fill(f"{before}x")
@@ -285,4 +290,36 @@ def test_other_prompts_put_results_out_of_date_and_lead_back(
     open_tab(page, "Locate")
     expect(page.locator("#grid table").first).to_be_visible()
     take_shot(page, "12_maps_4k")
+    assert problems == []
+
+
+def test_a_choice_is_kept_over_a_reload_and_so_is_a_case_that_is_not_deleted_after_all(
+    browser: Browser, address: str
+) -> None:
+    problems: list[str] = []
+    page = open_example(browser, address, problems)
+    open_tab(page, "Locate")
+    cells = page.locator("#grid table[data-panel='effect'] td")
+    cells.nth(20).click()
+    wait_for_value(page, "#count", "5 of 42")
+    page.click("#suggest")
+    wait_for_value(page, "#count", "4 of 42")
+    page.click("#undo")
+    wait_for_value(page, "#count", "5 of 42")
+    forget_reload(page, problems)
+    wait_for_value(page, "#fact-verdict", "out of date")
+    open_tab(page, "Locate")
+    wait_for_value(page, "#count", "5 of 42")
+    page.click("#undo")
+    wait_for_value(page, "#count", "4 of 42")
+    open_tab(page, "Export")
+    job_id = Path(value_of(page, "#out-folder")).name
+    open_tab(page, "Cases")
+    field(page, "#job-id").fill(job_id)
+    field(page, "#case-name").fill("Ticket 8")
+    page.click("#save-case")
+    wait_for_value(page, "#fact-job", "Ticket 8")
+    page.click("#delete-case")
+    page.click("#delete-not")
+    expect(page.locator("#delete-sure")).to_be_hidden()
     assert problems == []

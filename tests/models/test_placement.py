@@ -168,6 +168,9 @@ def test_every_weight_is_found_where_it_lies(both: tuple[LoadedModel, LoadedMode
         found = merged_weights(spread.model, updates, stored=torch.float32)[path]
         torch.testing.assert_close(found, weight)
     assert differing_parameters(plain, spread)["num_changed"] == 0
+    # Opened again, it may not fit on one device either.
+    assert placement.is_on_one_device(plain.model)
+    assert not placement.is_on_one_device(spread.model)
 
 
 def places(size: int) -> Callable[[str, str], dict]:
@@ -179,3 +182,12 @@ def test_a_model_that_fits_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mon
     folder = make_tiny_llama(tmp_path / "model")
     loaded = load_model(str(folder), stage_folder=tmp_path / "stage")
     assert not any(p.is_meta for p in loaded.model.parameters())
+
+
+def test_a_gpu_alone_is_kept_to_where_it_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 + index, 99))
+    monkeypatch.setattr(placement, "free_memory", lambda: 70)
+    assert placement.places_for("auto", "cuda") == {0: 10, 1: 11, "cpu": 70}
+    assert placement.places_for("cuda:1", "cuda:1") == {1: 11}
+    assert placement.places_for("auto", "cpu") == {"cpu": 70}
