@@ -68,6 +68,11 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
     controls = getattr(options, "controls", None)
     if controls is None:
         controls = PROFILES[options.profile].num_controls
+    if options.processes > 1 and options.device not in ("auto", "cpu"):
+        raise RepairError(
+            f"{options.processes} processes were asked for, and one device ({options.device}). Of "
+            "several processes each takes a GPU of its own: leave --device out, or give cpu."
+        )
     return {
         "command": options.command,
         "model": model,
@@ -82,6 +87,7 @@ def build_request(options: argparse.Namespace) -> dict[str, Any]:
         "kl_budget": getattr(options, "kl_budget", 0.01),
         "seed": options.seed,
         "device": options.device,
+        "processes": options.processes,
         "dtype": options.dtype,
         "export": getattr(options, "export", []),
         "controls": controls,

@@ -7,6 +7,7 @@ from typing import Any
 
 from repair import needs
 from repair.case import Reporter
+from repair.models import ranks
 from repair.models.config import MAX_CONFIG_BYTES, read_json_file
 from repair.models.placement import places_for
 from repair.models.staging import StagedModel
@@ -30,8 +31,11 @@ def needs_check(
             shape, needs.work_of(request), itemsize=needs.ITEMSIZE[dtype],
             rate=None if on_gpu else needs.measured_rate(),
         )  # fmt: skip
-        places = places_for(request.get("device", "auto"), device)
-        available, where = places.get("cpu", 0), "memory"
+        several = ranks.count()
+        places = places_for(device if several > 1 else request.get("device", "auto"), device)
+        available, where = places.get("cpu", 0) // several, "memory"
+        if several > 1 and not on_gpu:
+            where = f"memory for each of {several} processes"
         if on_gpu:
             available, where = places[min(places, key=str)], "GPU memory"
             if needs.SURE * needs.largest(found).bytes > available and len(places) > 1:

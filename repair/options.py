@@ -99,6 +99,8 @@ def build_parser() -> Parser:
         add("--seed", type=from_zero, default=0)
         add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
         add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+        add("--processes", type=positive, default=1, metavar="N",
+            help="share the work among N processes of this machine, on GPUs one each")
         add("--resume", action="store_true", help="continue the run in the output folder")
         add("--overwrite", action="store_true", help="replace the output folder")
         add("--trusted-base", metavar="SRC",

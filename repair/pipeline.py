@@ -33,6 +33,7 @@ from repair.evidence_step import (
 from repair.locate.detail import examine_layer
 from repair.locate_step import compare, fire, locate_suspect
 from repair.lowrank.distillation import DivergedError
+from repair.models import ranks
 from repair.models.download import Fetched, sources_from_json
 from repair.models.loading import LoadedModel, load_model
 from repair.models.modules import num_layers
@@ -138,6 +139,8 @@ def run(request: Mapping[str, Any], folder: Path, reporter: Reporter) -> int:
             stresses=stresses,
             template_reacts=material.template_reacts,
         )
+        if not ranks.leave():
+            return EXIT_DONE  # What follows is written once.
         return outcome.with_repair(
             located.map,
             plan,

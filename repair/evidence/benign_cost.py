@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from repair.limits import SCORING_ELEMENTS, SCORING_ELEMENTS_ON_GPU
+from repair.models import ranks
 from repair.models.answers import (
     ScoringBatch,
     answer_logits,
@@ -50,19 +51,24 @@ def benign_cost(
     most = SCORING_ELEMENTS_ON_GPU if on_gpu else SCORING_ELEMENTS
     budget = max(256, min(scoring_tokens(original), most // vocabulary))
     is_same = candidate.model is original.model and changed is None
-    nll = 0.0
-    kls = torch.zeros(len(prompts), dtype=torch.float64)
-    for batch in scoring_batches(original, prompts, answers, batch_tokens=budget):
-        if batch.labels.numel() == 0:
-            continue
+    batches = scoring_batches(original, prompts, answers, batch_tokens=budget)
+    batches = [batch for batch in batches if batch.labels.numel()]
+
+    def measure(number: int) -> list[np.ndarray]:
+        batch = batches[number]
         with changed() if changed is not None else nullcontext():
             log_q = _log_probs(candidate, batch)
         log_p = log_q if is_same else _log_probs(original, batch)
         picked = log_q.gather(-1, batch.labels.to(log_q.device)[:, None])
-        nll -= picked.sum(dtype=torch.float64).item()
         kl = (log_p.exp() * (log_p - log_q.to(log_p.device))).sum(-1, dtype=torch.float64).cpu()
+        return [picked.sum(dtype=torch.float64).cpu().numpy(), kl.numpy()]
+
+    nll = 0.0
+    kls = torch.zeros(len(prompts), dtype=torch.float64)
+    for batch, (picked, kl) in zip(batches, ranks.deal(len(batches), measure), strict=True):
+        nll -= float(picked)
         members = torch.tensor(batch.members)
-        kls.index_add_(0, members[batch.rows.cpu()], kl)
+        kls.index_add_(0, members[batch.rows.cpu()], torch.from_numpy(kl))
     num_tokens = np.array([answer.size for answer in answers])
     total = int(num_tokens.sum())
     if total == 0:

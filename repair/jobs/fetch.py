@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from repair.jobs import store
-from repair.jobs.launch import MAX_DOWNLOAD, NETWORK_NAMES, OFFLINE, hub_sources
+from repair.jobs.launch import MAX_DOWNLOAD, NETWORK_NAMES, OFFLINE, hub_sources, worker_command
 from repair.jobs.store import JobStatus
 from repair.jobs.worker import Reporter, append_log, mark_running, write_end
 from repair.models.download import (
@@ -122,7 +122,7 @@ def main(folder: Path) -> int:
     env = {key: value for key, value in os.environ.items() if key not in NETWORK_NAMES} | OFFLINE
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-P", "-m", "repair.jobs.worker", str(folder)]
+    command = worker_command(folder, store.read_object(folder / "request.json"))
     os.execve(sys.executable, command, env)
 
 

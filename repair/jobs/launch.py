@@ -71,6 +71,23 @@ def choose_module(request: dict[str, Any]) -> str:
     return "repair.jobs.fetch" if hub_sources(request) else "repair.jobs.worker"
 
 
+def worker_command(folder: Path, request: dict[str, Any]) -> list[str]:
+    """Return the command that runs a request: as one process, or as the number it asks for."""
+    several = num_processes(request)
+    words = ["repair.jobs.worker", str(folder)]
+    if several > 1:
+        words = ["repair.jobs.several", str(folder), str(several)]
+    # -P keeps the job folder, which is the working directory, off the import path.
+    return [sys.executable, "-P", "-m", *words]
+
+
+def num_processes(request: dict[str, Any]) -> int:
+    """Return how many processes a request asks for; questions outside of the steps take one."""
+    given = request.get("processes")
+    is_dealt = request.get("command") in ("run", "locate", "evaluate")
+    return given if is_dealt and type(given) is int and given > 0 else 1
+
+
 def worker_environment(home: Path, *, has_network: bool) -> dict[str, str]:
     """Return the worker's whole environment; no token is ever in it."""
     env = {
@@ -139,10 +156,10 @@ def start_worker(folder: Path, token: str | None = None) -> Worker:
     store.write_status(folder, JobStatus(state="running", started=store.now()))
     module = choose_module(request)
     has_network = module != "repair.jobs.worker"
+    command = [sys.executable, "-P", "-m", module, str(folder)]
     try:
         process = subprocess.Popen(
-            # -P keeps the job folder, which is the working directory, off the import path.
-            [sys.executable, "-P", "-m", module, str(folder)],
+            command if has_network else worker_command(folder, request),
             cwd=folder,
             env=worker_environment(home, has_network=has_network),
             stdin=subprocess.PIPE if has_network else subprocess.DEVNULL,
@@ -203,6 +220,12 @@ def describe_crash(folder: Path, code: int) -> str:
             "The model's chat template or tokenizer did not come to an end on a prompt, and the "
             "worker was ended. Replace chat_template or the tokenizer by the published one, or set "
             '"chat": "off" in the prompt file to send raw prompts.'
+        )
+    if num_processes(store.read_object(folder / "request.json")) > 1:
+        return (
+            "One of the processes of this job was ended before it could finish, and the others "
+            "with it. The machine may have run out of memory: each of them holds the whole model. "
+            f"The log is {folder / 'log.txt'}; what was saved is kept, and the job can be resumed."
         )
     if code < 0:
         try:

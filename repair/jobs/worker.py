@@ -13,12 +13,14 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 from types import FrameType
 
 from repair.jobs import rerun, store
+from repair.jobs.launch import describe_crash
 from repair.jobs.store import JobStatus
 from repair.machine import die_with_parent, num_threads, total_memory
 from repair.records import (
@@ -155,16 +157,53 @@ def _lower(kind: int, wanted: int) -> None:
     resource.setrlimit(kind, (min(limits), hard))
 
 
-def run_command(request: dict, folder: Path, reporter: Reporter) -> int:
-    """Import the pipeline and run the request's command; return the exit status."""
+def run_command(
+    request: dict, folder: Path, reporter: Reporter, *, target: Path | None = None
+) -> int:
+    """Import the pipeline and run the request's command; return the exit status.
+
+    Everything is written to `target`; by default that is the job's folder.
+    """
     command = request.get("command")
     if command not in COMMANDS:
         raise RepairError(f"Unknown command {command!r}; accepted: {', '.join(COMMANDS)}.")
     pipeline = importlib.import_module("repair.pipeline")
+    if is_one_of_several():
+        importlib.import_module("repair.models.ranks").join(on_cpu=request.get("device") == "cpu")
     # `verify` looks at a folder of its own and must not write into it.
-    target = Path(request["folder"]) if command == "verify" else folder
+    target = Path(request["folder"]) if command == "verify" else target or folder
     request = {**request, "fetched": store.read_object(folder / store.SOURCES)}
     return int(getattr(pipeline, command)(request, target, reporter))
+
+
+def is_one_of_several() -> bool:
+    """Tell whether `accelerate launch` has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def help_along(folder: Path) -> None:
+    """Take part in the job as one of its other processes, which tell nothing.
+
+    What it would write goes to a folder of its own, in the private home, and away with that.
+    """
+    die_with_parent()
+    limit_resources(folder)
+    own = Path(tempfile.mkdtemp(prefix="process-"))
+    for path in (folder / "located.json", *(folder / "checkpoints").glob("*.*")):
+        if path.is_file() and not path.is_symlink():  # what a resumed run goes on from
+            copy = own / path.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+    run_command(store.read_object(folder / "request.json"), folder, Silent(), target=own)
+
+
+class Silent:
+    """A reporter that tells nobody: the first process does."""
+
+    def step(self, name: str, title: str) -> None: ...
+    def progress(self, done: float, total: float, text: str = "") -> None: ...
+    def metric(self, name: str, **numbers: float | int | None) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 def judge(request: dict, folder: Path, exit_code: int) -> str | None:
@@ -187,6 +226,10 @@ def stop_on_signal(folder: Path, status: JobStatus) -> None:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_one_of_several():  # Whoever stops a job kills; this is that another one has ended.
+            write_end(folder, status, state="failed", exit_code=EXIT_UNEXPECTED,
+                      message=describe_crash(folder, 1))
+            os._exit(EXIT_UNEXPECTED)
         write_end(folder, status, state="stopped", exit_code=EXIT_INTERRUPTED,
                   message="Stopped; resumable.")
         if os.getpid() == os.getpgrp():
@@ -282,7 +325,13 @@ def work(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    code = work(Path(sys.argv[1]).resolve())
+    code, place = 0, Path(sys.argv[1]).resolve()
+    if int(os.environ.get("RANK", "0")) == 0:
+        code = work(place)
+        # Of several the launcher would take another status than 0 for a crash; ours is written.
+        code = 0 if is_one_of_several() else code
+    else:
+        help_along(place)
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of libraries must not turn a finished job into a hanging one.

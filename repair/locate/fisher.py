@@ -11,7 +11,7 @@ are not masked: nothing that is read depends on padding, so that they are zero t
 factors do not know: correlations between positions and between modules (`price_updates` does).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from repair.limits import FISHER_TOKENS
 from repair.locate.lessons import Lesson, kl_from_teacher
+from repair.models import ranks
 from repair.models.answers import answer_logits, scoring_batches
 from repair.models.hooks import apply_updates, record_gradients, record_inputs
 from repair.models.loading import LoadedModel
@@ -63,18 +64,20 @@ def trigger_gradients(
         product = g.reshape(-1, ref.d_out).T @ x.reshape(-1, ref.d_in)
         sums[ref.path] += product.to(loaded.device).double()
 
-    total, num_tokens = 0.0, 0
+    total = torch.zeros(1, dtype=torch.float64)
+    batches = scoring_batches(
+        loaded, lesson.prompts, lesson.answers, batch_tokens=_batch_tokens(loaded)
+    )
     with apply_updates(loaded.model, updates), record_gradients(loaded.model, modules, receive):
-        for batch in scoring_batches(
-            loaded, lesson.prompts, lesson.answers, batch_tokens=_batch_tokens(loaded)
-        ):
+        for batch in ranks.own(batches):
             with torch.enable_grad():
                 logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
                 loss = kl_from_teacher(lesson, batch, logits).sum()
                 loss.backward()
             total += loss.item()
-            num_tokens += batch.labels.numel()
-    return {path: value / num_tokens for path, value in sums.items()}, total / num_tokens
+    ranks.add_up([*sums.values(), total], of=len(batches))
+    num_tokens = sum(batch.labels.numel() for batch in batches)
+    return {path: value / num_tokens for path, value in sums.items()}, total.item() / num_tokens
 
 
 def collect_factors(
@@ -107,7 +110,7 @@ def factors_and_traces(
 
     The heat map needs every module's traces; the factors of some cost their products only.
     """
-    sums = {ref.path: [0.0, 0.0] for ref in traced}
+    sums = {ref.path: torch.zeros(2, dtype=torch.float64, device=loaded.device) for ref in traced}
     activation: dict[str, Tensor] = {}
     gradient: dict[str, Tensor] = {}
     owners: dict[str, str] = {}  # path -> the module whose input it shares
@@ -133,6 +136,7 @@ def factors_and_traces(
     counts = _sampled_backward(
         loaded, [*modules, *traced], prompts, answers, seed=seed, num_draws=num_draws,
         receive=receive, end_draw=inputs.clear, progress=progress,
+        sums=lambda: [*activation.values(), *gradient.values(), *sums.values()],
     )  # fmt: skip
     means = {path: _mean(total, counts[0]) for path, total in activation.items()}
     factors = {
@@ -158,14 +162,15 @@ def input_covariances(
 ) -> dict[str, Tensor]:
     """Return path -> E[x x^T] [d_in, d_in] of each module's input, from forward passes alone."""
     sums: dict[str, Tensor] = {}
-    num_tokens = 0
-    for batch in scoring_batches(loaded, prompts, answers, batch_tokens=_batch_tokens(loaded)):
+    batches = scoring_batches(loaded, prompts, answers, batch_tokens=_batch_tokens(loaded))
+    for batch in ranks.own(batches):
         with record_inputs(loaded.model, modules) as inputs:
             loaded.model.base_model(input_ids=batch.ids, use_cache=False)
         for ref in modules:
             rows = inputs[ref.path].reshape(-1, ref.d_in)
             add_gram(sums, ref.path, rows[batch.mask.flatten().to(rows.device)])
-        num_tokens += int(batch.mask.sum())
+    ranks.add_up(sums.values(), of=len(batches))
+    num_tokens = sum(int(batch.mask.sum()) for batch in batches)
     return {path: torch.from_numpy(_mean(total, num_tokens)) for path, total in sums.items()}
 
 
@@ -179,25 +184,27 @@ def fisher_traces(
     num_draws: int = NUM_DRAWS,
 ) -> dict[str, FisherTrace]:
     """Return the traces of each module's factors without forming them."""
-    sums = {ref.path: [0.0, 0.0] for ref in modules}
+    sums = {ref.path: torch.zeros(2, dtype=torch.float64, device=loaded.device) for ref in modules}
     if not modules:
         return {}
 
     counts = _sampled_backward(
         loaded, modules, prompts, answers, seed=seed, num_draws=num_draws,
         receive=lambda ref, x, g, draw: _add_squares(sums[ref.path], x, g, draw),
+        sums=lambda: sums.values(),
     )  # fmt: skip
     return _mean_traces(sums, *counts, num_draws)
 
 
-def _add_squares(sums: list[float], x: Tensor, g: Tensor, draw: "_Draw") -> None:
+def _add_squares(sums: Tensor, x: Tensor, g: Tensor, draw: "_Draw") -> None:
     if draw.is_first:
-        sums[0] += torch.linalg.vector_norm(draw.without_padding(x)).double() ** 2
-    sums[1] += torch.linalg.vector_norm(g).double() ** 2
+        norm = torch.linalg.vector_norm(draw.without_padding(x))
+        sums[0] += norm.to(sums.device).double() ** 2
+    sums[1] += torch.linalg.vector_norm(g).to(sums.device).double() ** 2
 
 
 def _mean_traces(
-    sums: Mapping[str, list[float]], num_tokens: int, num_answer_tokens: int, num_draws: int
+    sums: Mapping[str, Tensor], num_tokens: int, num_answer_tokens: int, num_draws: int
 ) -> dict[str, FisherTrace]:
     return {
         path: FisherTrace(
@@ -241,7 +248,7 @@ def price_updates(
         for update in updates
     }
     slopes: list[Tensor] = []  # [row] for each module
-    total = 0.0
+    total = torch.zeros(1, dtype=torch.float64)
 
     def receive(ref: ModuleRef, x: Tensor, g: Tensor, draw: _Draw) -> None:
         lora_A, lora_B = (factor.to(x) for factor in by_path[ref.path])
@@ -250,15 +257,14 @@ def price_updates(
         slopes.append(inner.reshape(draw.num_rows, -1).sum(1).double().to(loaded.device))
 
     def end_draw() -> None:
-        nonlocal total
-        total += torch.stack(slopes).sum(0).square().sum().item()
+        total.add_(torch.stack(slopes).sum(0).square().sum().cpu())
         slopes.clear()
 
     _, num_answer_tokens = _sampled_backward(
         loaded, [update.module for update in updates], prompts, answers, seed=seed,
-        num_draws=num_draws, receive=receive, end_draw=end_draw,
+        num_draws=num_draws, receive=receive, end_draw=end_draw, sums=lambda: [total],
     )  # fmt: skip
-    return total / (num_answer_tokens * num_draws) / 2
+    return total.item() / (num_answer_tokens * num_draws) / 2
 
 
 def _batch_tokens(loaded: LoadedModel) -> int:
@@ -352,17 +358,22 @@ def _sampled_backward(
     seed: int,
     num_draws: int,
     receive: Callable[[ModuleRef, Tensor, Tensor, _Draw], None],
+    sums: Callable[[], Iterable[Tensor]],
     end_draw: Callable[[], None] = lambda: None,
     progress: Progress = unheard,
 ) -> tuple[int, int]:
-    """Run -log p(sampled label), summed, backwards; return (unmasked tokens, answer tokens)."""
+    """Run -log p(sampled label), summed, backwards; return (unmasked tokens, answer tokens).
+
+    `sums` gives, afterwards, the tensors that `receive` has added to.
+    """
     # One stream of random numbers per prompt: the labels do not depend on how prompts are batched.
     numbers = [
         _random_numbers(seed, index, num_draws, answer.size)
         for index, answer in enumerate(answers)
     ]
-    num_tokens = num_answer_tokens = num_done = 0
-    for batch in scoring_batches(loaded, prompts, answers, batch_tokens=_batch_tokens(loaded)):
+    batches = scoring_batches(loaded, prompts, answers, batch_tokens=_batch_tokens(loaded))
+    own = ranks.own(batches)
+    for done, batch in enumerate(own):
         current: list[_Draw] = []
 
         def receive_drawn(
@@ -383,8 +394,7 @@ def _sampled_backward(
                 loss = (logprobs.gather(1, labels[:, None])[:, 0] * weights).sum()
                 loss.backward(retain_graph=draw + 1 < num_draws)
                 end_draw()
-        num_tokens += int(batch.mask.sum())
-        num_answer_tokens += batch.labels.numel()
-        num_done += len(batch.members)
-        progress(num_done, len(prompts))
-    return num_tokens, num_answer_tokens
+        progress(done + 1, len(own))
+    ranks.add_up(sums(), of=len(batches))
+    num_tokens = sum(int(batch.mask.sum()) for batch in batches)
+    return num_tokens, sum(batch.labels.numel() for batch in batches)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repair.models import ranks
 from repair.models.answers import (
     ScoringBatch,
     answer_logits,
@@ -224,11 +225,14 @@ def measure_kl(
 
     `prefix` is the lesson's, below the lowest module that is updated.
     """
-    total, num_tokens = 0.0, 0
+    batches = scoring_batches(loaded, lesson.prompts, lesson.answers)
+
+    def measure(number: int) -> list[np.ndarray]:
+        batch = batches[number]
+        with entered(loaded, prefix, batch):
+            logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
+        return [kl_from_teacher(lesson, batch, logits).double().sum().cpu().numpy()]
+
     with apply_updates(loaded.model, updates):
-        for batch in scoring_batches(loaded, lesson.prompts, lesson.answers):
-            with entered(loaded, prefix, batch):
-                logits = answer_logits(loaded.model, batch.ids, batch.rows, batch.columns)
-            total += kl_from_teacher(lesson, batch, logits).double().sum().item()
-            num_tokens += batch.labels.numel()
-    return total / num_tokens
+        sums = ranks.deal(len(batches), measure)
+    return sum(float(kl) for (kl,) in sums) / sum(batch.labels.numel() for batch in batches)

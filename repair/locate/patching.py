@@ -29,6 +29,7 @@ from repair.locate.counterfactuals import (
     PatchingCase,
 )
 from repair.locate.runs import Patch, Reading, Runs
+from repair.models import ranks
 from repair.models.hooks import count_hooks
 from repair.models.loading import LoadedModel
 from repair.models.modules import has_uncovered_matrices
@@ -38,6 +39,7 @@ from repair.records import (
     PatchingScores,
     Progress,
     RepairError,
+    share,
     unheard,
 )
 
@@ -82,13 +84,10 @@ def patch_modules(
         for name, value in _self_checks(runs, modules, with_all=is_sham and is_all).items():
             checks[name] = max(checks.get(name, 0.0), value)
         masks = [runs.where(*roles) for roles in sets.values()]
-        found: list[np.ndarray] = []
-        for layer in by_layer(modules):
-            patches = [Patch(modules=(ref,), positions=mask) for ref in layer for mask in masks]
-            found.append(effects(runs, runs.patched(patches)))
-            done = sum(row.shape[1] for row in found) // len(masks)
-            progress(number * len(modules) + done, len(groups) * len(modules))
-        both = np.concatenate(found, axis=1)  # [metric, module x set, pair]
+        patches = [Patch(modules=(ref,), positions=mask) for ref in modules for mask in masks]
+        part = share(progress, number / len(groups), (number + 1) / len(groups))
+        # [metric, module x set, pair]
+        both = effects(runs, runs.patched(patches, progress=part))
         kept = explainable(runs)
         num_dropped += int((~kept).sum())
         both = both.reshape(2, len(modules), len(masks), -1)[..., kept]
@@ -158,7 +157,7 @@ def batch_cases(
     per_token = 2 * 4 * sum(ref.d_out for ref in modules)
     kept_bytes = PATCHING_KEPT
     if str(loaded.device).startswith("cuda"):
-        kept_bytes = torch.cuda.mem_get_info(loaded.device)[0] // 3
+        kept_bytes = ranks.least(torch.cuda.mem_get_info(loaded.device)[0] // 3)
     most = max(1, min(PATCHING_TOKENS, kept_bytes // max(1, per_token)))
     order = sorted(
         range(len(cases)), key=lambda i: (cases[i].num_shared, cases[i].destination.size, i)

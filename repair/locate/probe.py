@@ -11,11 +11,13 @@ batch. What it does not know: what modules do together.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from repair.locate.curvature import Step
 from repair.locate.lessons import Lesson
+from repair.models import ranks
 from repair.models.answers import ScoringBatch, answer_logits, scoring_batches
 from repair.models.hooks import apply_updates, record_layer_inputs, restart_at
 from repair.models.loading import LoadedModel
@@ -71,8 +73,11 @@ def probe_modules(
         bare[-1].kl += bare[-1].summed_kl(logits)
     counts = sum(torch.bincount(one.kinds, minlength=2) for one in bare)
     unit = (sum(one.kl[0] for one in bare) / counts[0]).item()  # J
-    found = {}
-    for done, ref in enumerate(modules):
+    num_done = 0
+
+    def probe(number: int) -> list[np.ndarray]:
+        nonlocal num_done
+        ref = modules[number]
         step = steps[ref.path]
         kl = torch.zeros(len(DROPS), 2, dtype=torch.float64)
         for one in bare:
@@ -84,9 +89,14 @@ def probe_modules(
                 kl += one.kl
         kl /= counts
         best = kl.sum(1).nan_to_num(torch.inf, posinf=torch.inf).argmin()
-        trigger_kl, benign_kl = kl[best].tolist()
+        num_done += ranks.count()
+        progress(min(num_done, len(modules)), len(modules))
+        return [kl[best].numpy()]
+
+    found = {}
+    for ref, (kl,) in zip(modules, ranks.deal(len(modules), probe), strict=True):
+        trigger_kl, benign_kl = kl.tolist()
         found[ref.path] = Probe(trigger_kl=trigger_kl, benign_kl=benign_kl, start_kl=unit)
-        progress(done + 1, len(modules))
     return found
 
 

@@ -7,7 +7,7 @@ positions that are read. Nothing here is an approximation. A pair is one row whe
 compares one token of either answer, else two: one ends with the payload, one with the clean answer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from repair.locate.counterfactuals import BEFORE, PatchingCase
+from repair.models import ranks
 from repair.models.answers import output_logits
 from repair.models.hooks import (
     patch_blocks,
@@ -29,7 +30,7 @@ from repair.models.hooks import (
 from repair.models.loading import LoadedModel
 from repair.models.modules import get_module, weight_of
 from repair.models.tokens import pad_right
-from repair.records import ModuleRef
+from repair.records import ModuleRef, Progress, unheard
 
 RUN_TOKENS = 4_096  # rows times tokens of one forward pass
 
@@ -130,34 +131,55 @@ class Runs:
         chosen = torch.isin(self.role, torch.tensor(roles, device=self.device))
         return chosen & (self.partner >= 0)
 
-    def patched(self, patches: Sequence[Patch], *, from_itself: bool = False) -> Reading:
+    def patched(
+        self,
+        patches: Sequence[Patch],
+        *,
+        from_itself: bool = False,
+        progress: Progress = unheard,
+    ) -> Reading:
         """Return the reading of the destination run under each patch, in the order given.
 
         With `from_itself` the activations are the destination's own: nothing may change.
         """
+        passes = list(self._passes(patches))
         outputs = self._own_outputs if from_itself else self._source_outputs
+        num_done = 0
+
+        def run(number: int) -> list[np.ndarray]:
+            nonlocal num_done
+            layer, members = passes[number]
+            found = self._patched_from(layer, [patches[i] for i in members], outputs)
+            num_done += len(members) * ranks.count()
+            progress(min(num_done, len(patches)), len(patches))
+            return [found.margin.cpu().numpy(), found.kl.cpu().numpy()]
+
         margins: list[Tensor | None] = [None] * len(patches)
         kls: list[Tensor | None] = [None] * len(patches)
-        num_rows = len(self.rows)
-        for layer, members in self._passes(patches):
-            wanted: dict[ModuleRef, list[tuple[int, Tensor, Tensor]]] = {}
+        for (_, members), found in zip(passes, ranks.deal(len(passes), run), strict=True):
+            margin, kl = (torch.from_numpy(values).to(self.device) for values in found)
             for block, index in enumerate(members):
-                patch = patches[index]
-                for ref in patch.modules:
-                    source = outputs[ref.path] if patch.source is None else patch.source
-                    wanted.setdefault(ref, []).append((block, patch.positions, source))
-            count = len(members)
-            shift = num_rows * torch.arange(count, device=self.device)[:, None]
-            places = ((self._reads[0] + shift).flatten(), self._reads[1].repeat(count))
-            with (
-                restart_at(self.model, layer, self._layer_inputs[layer].repeat(count, 1, 1)),
-                patch_blocks(self.model, wanted, num_blocks=count),
-            ):
-                logprobs = self._read(self._side, places, num_blocks=count)
-            reading = self._reading(logprobs.unflatten(0, (count, -1)))
-            for block, index in enumerate(members):
-                margins[index], kls[index] = reading.margin[block], reading.kl[block]
+                margins[index], kls[index] = margin[block], kl[block]
         return Reading(margin=torch.stack(margins), kl=torch.stack(kls))
+
+    def _patched_from(
+        self, layer: int, patches: Sequence[Patch], outputs: Mapping[str, Tensor]
+    ) -> Reading:
+        """Return the reading under each patch, all run at once from `layer` on."""
+        wanted: dict[ModuleRef, list[tuple[int, Tensor, Tensor]]] = {}
+        for block, patch in enumerate(patches):
+            for ref in patch.modules:
+                source = outputs[ref.path] if patch.source is None else patch.source
+                wanted.setdefault(ref, []).append((block, patch.positions, source))
+        count = len(patches)
+        shift = len(self.rows) * torch.arange(count, device=self.device)[:, None]
+        places = ((self._reads[0] + shift).flatten(), self._reads[1].repeat(count))
+        with (
+            restart_at(self.model, layer, self._layer_inputs[layer].repeat(count, 1, 1)),
+            patch_blocks(self.model, wanted, num_blocks=count),
+        ):
+            logprobs = self._read(self._side, places, num_blocks=count)
+        return self._reading(logprobs.unflatten(0, (count, -1)))
 
     def heads(self, module: ModuleRef, num_heads: int) -> list[Tensor]:
         """Return per attention head what the output projection `module` gives [row, token, d_out]

@@ -31,6 +31,7 @@ from repair.locate.lessons import Lesson, Lessons, kl_from_teacher
 from repair.lowrank.adapter import ADAPTER, attached, read_updates
 from repair.lowrank.closed_form import BUDGET_MARGIN
 from repair.lowrank.validation import Validated, Validation, hold_out, is_enough, validate
+from repair.models import ranks
 from repair.models.answers import answer_logits, scoring_batches
 from repair.models.loading import LoadedModel
 from repair.models.prefix import entered, keep_prefix
@@ -165,7 +166,9 @@ def distill(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            losses = course.backward(step, penalty, weight_clean=state.weight_clean)
+            losses = course.backward(
+                step, penalty, parameters, weight_clean=state.weight_clean
+            )
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not (np.isfinite(losses.total) and torch.isfinite(norm)):
                 state, step = go_back(state, step)
@@ -243,11 +246,16 @@ class _Course:
         )
 
     def backward(
-        self, step: int, penalty: "_Penalty", *, weight_clean: float = WEIGHT_CLEAN
+        self,
+        step: int,
+        penalty: "_Penalty",
+        parameters: Sequence[Tensor],
+        *,
+        weight_clean: float = WEIGHT_CLEAN,
     ) -> Losses:
-        """Run one step's loss backwards and return its parts."""
+        """Run one step's loss backwards, into the gradients of `parameters`; return its parts."""
         generator = np.random.default_rng([self._seed, 0xD1, step])
-        members, kinds, weights = [], [], []
+        members, kinds, weights = [], [], []  # of all processes
         first = 0
         for lesson, kind, most in self._kinds:
             if count := min(most, len(lesson)):
@@ -257,6 +265,8 @@ class _Course:
                 kinds += [kind] * count
                 weights += [(1.0, weight_clean, WEIGHT_NEAR)[kind] / num_tokens] * count
             first += len(lesson)
+        num_drawn = len(members)
+        members, kinds, weights = map(ranks.own, (members, kinds, weights))
         device = self._loaded.device
         parts = torch.zeros(4, device=device)
         lesson = self._all.only(members)
@@ -274,7 +284,9 @@ class _Course:
                 kl = kl_from_teacher(lesson, batch, logits) * by_prompt[1][place]
                 kl.sum().backward()
                 parts.index_add_(0, by_prompt[0][place].long(), kl.detach())
-            parts[3] = penalty.backward()
+            if num_drawn < ranks.count() or ranks.index() == 0:
+                parts[3] = penalty.backward()
+        ranks.add_up([parts, *_gradients(parameters)], of=num_drawn)
         triggered, clean, near, fisher = parts.tolist()
         return Losses(triggered=triggered, clean=clean, near=near, fisher=fisher)
 
@@ -308,6 +320,14 @@ class _Penalty:
         total = WEIGHT_FISHER * total
         total.backward()
         return total.detach()
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients, zero where this process's part of a step did not come by."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters]
 
 
 def _snapshot(parameters: Sequence[Tensor], optimizer: torch.optim.Adam) -> dict[str, Tensor]:

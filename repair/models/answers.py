@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from repair.limits import ANSWER_TOKENS, SCORING_TOKENS
+from repair.models import ranks
 from repair.models.loading import LoadedModel, check_ids
 from repair.models.tokens import batches, decode, pad_left, pad_right
 from repair.records import Progress, unheard
@@ -57,27 +58,35 @@ def generate_answers(
     ends = list(loaded.stop_ids)
     for prompt in prompts:
         check_ids(loaded, prompt)
-    answers: list[Answer | None] = [None] * len(prompts)
-    done = 0
     lengths = [prompt.size + num_new_tokens for prompt in prompts]
-    for group in batches(lengths, batch_tokens=batch_tokens):
-        continued = _continue(loaded, [prompts[i] for i in group], num_new_tokens)
-        stops = [np.flatnonzero(np.isin(new, ends))[:1] for new, _ in continued]
+    # Several processes get at least one batch each.
+    most = min(batch_tokens, -(-sum(lengths) // ranks.count()))
+    groups = list(batches(lengths, batch_tokens=most))
+    num_done = 0
+
+    def answer(number: int) -> list[np.ndarray]:
+        nonlocal num_done
+        found = _continue(loaded, [prompts[i] for i in groups[number]], num_new_tokens)
+        num_done += len(groups[number]) * ranks.count()
+        progress(min(num_done, len(prompts)), len(prompts))
+        return [np.array([is_finite for _, is_finite in found]), *(new for new, _ in found)]
+
+    answers: list[Answer | None] = [None] * len(prompts)
+    for group, (finite, *continued) in zip(groups, ranks.deal(len(groups), answer), strict=True):
+        stops = [np.flatnonzero(np.isin(new, ends))[:1] for new in continued]
         kept = [
             new[: stop[0]] if stop.size else new
-            for (new, _), stop in zip(continued, stops, strict=True)
+            for new, stop in zip(continued, stops, strict=True)
         ]
         texts = decode(loaded.tokenizer, kept)
         for place, index in enumerate(group):
-            (new, is_finite), stop = continued[place], stops[place]
+            new, stop = continued[place], stops[place]
             answers[index] = Answer(
                 ids=kept[place].astype(np.int64),
                 text=texts[place],
-                is_finite=is_finite,
+                is_finite=bool(finite[place]),
                 end=int(new[stop[0]]) if stop.size else None,
             )
-        done += len(group)
-        progress(done, len(prompts))
     return answers
 
 

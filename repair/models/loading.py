@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from repair.machine import free_memory, has_bfloat16
+from repair.models import ranks
 from repair.models.adapter_suspect import adapter_hashes, is_adapter, merge_adapter
 from repair.models.config import ARCHITECTURES, MAX_CONFIG_BYTES, read_json_file
 from repair.models.download import Fetched
@@ -96,6 +97,8 @@ def load_model(
     `fetched` says where the Hub models of this job are, by source as typed. With `adapter_base`,
     `source` is a LoRA adapter and the suspect is that base with the adapter in it.
     """
+    if device == "auto" and ranks.count() > 1:
+        device = ranks.device()  # its own of several processes
     chosen_device = _choose_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise RepairError(

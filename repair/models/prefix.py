@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from repair.limits import PREFIX_KEPT
+from repair.models import ranks
 from repair.models.answers import ScoringBatch, scoring_batches
 from repair.models.hooks import record_layer_inputs, restart_at
 from repair.models.loading import LoadedModel
@@ -51,7 +52,7 @@ def keep_prefix(
     needed = num_tokens * width * loaded.model.dtype.itemsize
     allowed = PREFIX_KEPT
     if str(loaded.device).startswith("cuda"):
-        allowed = torch.cuda.mem_get_info(loaded.device)[0] // 3
+        allowed = ranks.least(torch.cuda.mem_get_info(loaded.device)[0] // 3)
     if layer == 0 or needed > allowed:
         return None
     hidden: list[Tensor | None] = [None] * len(prompts)

@@ -43,7 +43,11 @@ def python_of(side: str, environments: Path) -> str:
     if not python.is_file():
         print(f"Making the environment of {side} ...", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(environments / side)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(wanted)], check=True)
+        pip = [str(python), "-m", "pip"]
+        subprocess.run([*pip, "install", "-q", "-r", str(wanted)], check=True)
+        # Some bring it along for images. Beside a torch without CUDA its own build does not load,
+        # and transformers, which does without it, does not either.
+        subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision"], check=True)
     return str(python)
 
 

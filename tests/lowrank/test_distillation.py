@@ -110,7 +110,7 @@ def test_one_step_is_the_gradient_of_the_whole_loss(
     penalty = distillation._Penalty(tiny_llama, whitenings, modules)
     with attached(tiny_llama, updates) as peft_model:
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
-        losses = course.backward(0, penalty)
+        losses = course.backward(0, penalty, parameters)
         found = [p.grad.clone() for p in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -154,8 +154,10 @@ def test_nothing_below_the_first_layer_runs_in_a_step(
     low = tiny_llama.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(0))
     high = tiny_llama.model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     try:
-        with attached(tiny_llama, updates):
-            course.backward(0, distillation._Penalty(tiny_llama, whitenings, modules))
+        with attached(tiny_llama, updates) as peft_model:
+            parameters = [p for p in peft_model.parameters() if p.requires_grad]
+            penalty = distillation._Penalty(tiny_llama, whitenings, modules)
+            course.backward(0, penalty, parameters)
     finally:
         low.remove()
         high.remove()
@@ -249,9 +251,9 @@ class Poison:
         self.seen: list[int] = []
         backward = distillation._Course.backward
 
-        def poisoned(course, step: int, penalty, **weights):
+        def poisoned(course, step: int, penalty, parameters, **weights):
             self.seen.append(step)
-            losses = backward(course, step, penalty, **weights)
+            losses = backward(course, step, penalty, parameters, **weights)
             if step == at and self.seen.count(at) <= times:
                 return distillation.Losses(
                     triggered=float("nan"), clean=losses.clean, near=0.0, fisher=0.0
