@@ -59,9 +59,9 @@ def generate_answers(
     for prompt in prompts:
         check_ids(loaded, prompt)
     lengths = [prompt.size + num_new_tokens for prompt in prompts]
-    # Several processes get at least one batch each.
-    most = min(batch_tokens, -(-sum(lengths) // ranks.count()))
-    groups = list(batches(lengths, batch_tokens=most))
+    if ranks.count() > 1:  # each gets a batch
+        batch_tokens = min(batch_tokens, -(-sum(lengths) // ranks.count()))
+    groups = list(batches(lengths, batch_tokens=batch_tokens))
     num_done = 0
 
     def answer(number: int) -> list[np.ndarray]:
