@@ -1,6 +1,6 @@
 """One job's material: the live suspect, the checked prompts and how they are shared out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -62,6 +62,7 @@ TWO_PLACES = (("end", "begin"), ("middle", "begin"), ("middle", "end"))  # the m
 class Reporter(Protocol):
     """Where the steps tell what they do."""
 
+    def plan(self, seconds: Mapping[str, float]) -> None: ...
     def step(self, name: str, title: str) -> None: ...
     def progress(self, done: float, total: float, text: str = "") -> None: ...
     def metric(self, name: str, **numbers: float | int | None) -> None: ...

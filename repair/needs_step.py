@@ -12,6 +12,8 @@ from repair.models.config import MAX_CONFIG_BYTES, read_json_file
 from repair.models.placement import places_for
 from repair.models.staging import StagedModel
 
+STEPS_OF_MAP = ("patching", "curvature", "joint")
+
 
 def needs_check(
     request: Mapping[str, Any], folder: Path, reporter: Reporter
@@ -20,6 +22,9 @@ def needs_check(
 
     A configuration that says too little is let pass: loading checks the weights alone.
     """
+
+    # Where it is no longer valid it is made anew, and the plan is off by that.
+    has_map = bool(request.get("resume")) and (folder / "located.json").is_file()
 
     def check(staged: StagedModel, dtype: str, device: str) -> None:
         config = read_json_file(staged.folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
@@ -41,6 +46,13 @@ def needs_check(
             if needs.SURE * needs.largest(found).bytes > available and len(places) > 1:
                 available, where = sum(places.values()), "memory of all GPUs and of the machine"
             found = tuple(replace(need, bytes=need.bytes - needs.PROCESS) for need in found)
+        reporter.plan(
+            {
+                need.step: need.seconds
+                for need in found
+                if need.seconds is not None and not (has_map and need.step in STEPS_OF_MAP)
+            }
+        )
         most, seconds = needs.largest(found), needs.total_seconds(found)
         lasts = f", and {needs.describe_time(seconds)}" if seconds is not None else ""
         reporter.note(

@@ -30,8 +30,9 @@ def spell_seconds(seconds: float) -> str:
 
 
 def describe_progress(event: dict[str, Any]) -> str:
-    """Return the text of a progress event: percent, what, and the time left in this step."""
+    """Return the text of a progress event: percent, what, and the time left."""
     fraction, remaining = event.get("fraction"), event.get("remaining_seconds")
+    behind = event.get("behind_seconds")
     # Nothing done yet is no share: some steps can only tell what they are at.
     parts = [f"{100 * fraction:.0f} %"] if isinstance(fraction, int | float) and fraction else []
     if event.get("text"):
@@ -39,6 +40,8 @@ def describe_progress(event: dict[str, Any]) -> str:
     if isinstance(remaining, int | float) and remaining > 0:
         about = "about " if remaining >= 1 else ""
         parts.append(f"{about}{spell_seconds(remaining)} left in this step")
+        if isinstance(behind, int | float) and behind >= 1:
+            parts.append(f"about {spell_seconds(remaining + behind)} in all")
     return ", ".join(parts)
 
 

@@ -23,6 +23,7 @@ from repair.jobs.store import (
 )
 from repair.records import RESULTS, RepairError
 
+EVENTS = "events.json"  # there: how much of the job's events are its own and former runs'
 FINISHED = "finished"  # the last run that came to an end, whole, while another one is made
 MAX_ATTEMPTS = 20  # reports of former runs kept in a job
 
@@ -56,9 +57,16 @@ def _set_aside(folder: Path) -> None:
     place.mkdir(mode=0o700)
     for name in ("request.json", "status.json"):
         write_json(place / name, read_object(folder / name))
+    write_json(place / EVENTS, {"bytes": events_size(folder)})
     for name in RESULTS:
         if (folder / name).exists():
             os.replace(folder / name, place / name)
+
+
+def events_size(folder: Path) -> int:
+    """Return the bytes of a job's events so far."""
+    path = folder / "events.jsonl"
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else 0
 
 
 def let_go(folder: Path) -> None:
@@ -86,12 +94,14 @@ def go_back(folder: Path) -> None:
     for name in RESULTS:
         _remove(folder / name)
     place = folder / FINISHED
+    told = read_object(place / EVENTS).get("bytes")
+    if type(told) is int and 0 <= told <= events_size(folder):
+        os.truncate(folder / "events.jsonl", told)  # its own log and curves, and no more
     for name in (*RESULTS, "request.json", "status.json"):  # the state last
         if (place / name).exists():
             os.replace(place / name, folder / name)
     _remove(place)
-    event = {"time": round(time.time(), 3), "kind": "step", "step": "start", "text": "Went back to "
-             "the finished repair"}  # fmt: skip
+    event = {"time": round(time.time(), 3), "kind": "note", "text": "Went back to this repair."}
     append_event(folder, event)
 
 

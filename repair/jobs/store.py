@@ -353,7 +353,7 @@ def is_event(flat: Any) -> bool:
         all(isinstance(flat.get(name, ""), str) for name in ("text", "step"))
         and all(
             flat.get(name) is None or _is_figure(flat[name])
-            for name in ("time", "fraction", "remaining_seconds")
+            for name in ("time", "fraction", "remaining_seconds", "behind_seconds")
         )
         and isinstance(values, dict)
         and len(values) <= MAX_VALUES

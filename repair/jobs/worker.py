@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -48,6 +49,7 @@ VERIFY_BY_EXIT = {
     EXIT_GATE_FAILED: "does not match",
     EXIT_COULD_NOT_CHECK: "could not check",
 }
+MOST_OFF = 5.0  # times as long as planned, or as short, that the steps behind may be thought to be
 PROGRESS_SECONDS = 0.25  # progress is written at most this often
 DISK_KEPT = 256 << 20  # bytes of the disk that no file of a worker may take
 MORE_THREADS = 4096  # than this user runs already: the largest machines' pools are a tenth of it
@@ -56,8 +58,8 @@ MORE_THREADS = 4096  # than this user runs already: the largest machines' pools 
 class Reporter:
     """Writes what the pipeline tells into `events.jsonl`.
 
-    The remaining time is that of the current step, from its own average rate: no step knows
-    how long the next one takes, so nothing is claimed about the whole.
+    The remaining time of the current step is by its own average rate; that of the steps behind it
+    is by the plan, and by how far the steps that are over were off it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,6 +67,12 @@ class Reporter:
         self.name = "start"
         self.began = self.last_progress = time.monotonic()
         self.last_text = ""
+        self.expected: dict[str, float] = {}  # seconds by step, in their order
+        self.lasted: dict[str, float] = {}  # of those that are over
+
+    def plan(self, seconds: Mapping[str, float]) -> None:
+        """Take what each step of the job is expected to last, in their order."""
+        self.expected = dict(seconds)
 
     def _write(
         self,
@@ -73,6 +81,7 @@ class Reporter:
         *,
         fraction: float | None = None,
         remaining: float | None = None,
+        behind: float | None = None,
         values: dict[str, float] | None = None,
     ) -> None:
         event = {
@@ -82,14 +91,17 @@ class Reporter:
             "text": text[:8000],
             "fraction": fraction,
             "remaining_seconds": remaining,
+            "behind_seconds": behind,
             "values": values or {},
         }
         store.append_event(self.folder, event)
 
     def step(self, name: str, title: str) -> None:
         """Begin a step; its clock starts now."""
+        moment = time.monotonic()
+        self.lasted[self.name] = self.lasted.get(self.name, 0.0) + moment - self.began
         self.name = name
-        self.began, self.last_progress, self.last_text = time.monotonic(), 0.0, ""
+        self.began, self.last_progress, self.last_text = moment, 0.0, ""
         self._write("step", title)
 
     def progress(self, done: float, total: float, text: str = "") -> None:
@@ -101,11 +113,26 @@ class Reporter:
         self.last_progress, self.last_text = moment, text
         fraction = min(1.0, max(0.0, done / total)) if total else 1.0
         seconds = moment - self.began
-        remaining = None
+        remaining = behind = None
         # A rate from less than a second or nothing done would be a guess.
         if fraction > 0 and seconds >= 1:
             remaining = round(seconds * (1 - fraction) / fraction, 1)
-        self._write("progress", text, fraction=round(fraction, 4), remaining=remaining)
+            behind = self._behind()
+        self._write(
+            "progress", text, fraction=round(fraction, 4), remaining=remaining, behind=behind
+        )
+
+    def _behind(self) -> float | None:
+        """Return the seconds that the steps behind this one will take; None: no plan says so."""
+        names = list(self.expected)
+        reached = [names.index(name) for name in (*self.lasted, self.name) if name in names]
+        if not reached:
+            return None
+        over = [name for name in names if name in self.lasted and name != self.name]
+        expected = sum(self.expected[name] for name in over)
+        off = sum(self.lasted[name] for name in over) / expected if expected >= 1 else 1.0
+        left = sum(self.expected[name] for name in names[max(reached) + 1 :])
+        return round(left * min(max(off, 1 / MOST_OFF), MOST_OFF), 1)
 
     def metric(self, name: str, **numbers: float | int | None) -> None:
         """Tell numbers to plot; `name` is the series. What is not finite is left out."""
@@ -200,6 +227,7 @@ def help_along(folder: Path) -> None:
 class Silent:
     """A reporter that tells nobody: the first process does."""
 
+    def plan(self, seconds: Mapping[str, float]) -> None: ...
     def step(self, name: str, title: str) -> None: ...
     def progress(self, done: float, total: float, text: str = "") -> None: ...
     def metric(self, name: str, **numbers: float | int | None) -> None: ...

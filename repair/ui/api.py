@@ -40,8 +40,8 @@ from repair.ui.session import (
     merged_of,
     new_request,
     resume_session,
+    suggested,
 )
-from repair.ui.shell import suggested
 from repair.ui.suspect_folder import find_source
 
 

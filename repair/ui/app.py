@@ -28,11 +28,12 @@ from repair.ui.locate import build_locate
 from repair.ui.prompts import build_prompts
 from repair.ui.repair import build_repair
 from repair.ui.session import CHECKOUT, Selection, Settings, View
-from repair.ui.shell import Updates, build_shell, wire_shell
+from repair.ui.shell import Updates, build_shell
 from repair.ui.space import Space, VisitorCookie, jobs_folder, read_space
 from repair.ui.style import CSS, SCRIPT, THEME
 from repair.ui.suspect import build_suspect
 from repair.ui.tenants import TenantGate, is_loopback
+from repair.ui.wiring import wire_shell
 
 # Switches of Gradio that would open what this app keeps closed.
 UNSAFE_VARIABLES = (

@@ -11,8 +11,8 @@ from repair.jobs import store
 from repair.records import RepairError
 from repair.ui import text
 from repair.ui.account import owner_of
-from repair.ui.session import Selection, Session, View, look, resume_session
-from repair.ui.shell import Shell, Updates, chosen_before
+from repair.ui.session import Selection, Session, View, chosen_before, look, resume_session
+from repair.ui.shell import Shell, Updates
 
 HEADERS = ["Name", "Suspect", "Trigger", "Result", "Last change", "Note", "Id"]
 TEMPLATE = {

@@ -10,8 +10,8 @@ import gradio as gr
 
 from repair.records import ModuleScore
 from repair.ui import grid, text
-from repair.ui.session import Selection, Session, View, keep_choice, look
-from repair.ui.shell import Shell, Updates, draw_verdict, suggested
+from repair.ui.session import Selection, Session, View, keep_choice, look, suggested
+from repair.ui.shell import Shell, Updates, draw_verdict
 
 MAX_LISTED = 60
 

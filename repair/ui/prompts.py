@@ -18,9 +18,10 @@ from repair.ui.session import (
     Session,
     View,
     aside,
+    chosen_before,
     resume_session,
 )
-from repair.ui.shell import Shell, Updates, chosen_before
+from repair.ui.shell import Shell, Updates
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_LISTED = 100  # pairs shown

@@ -288,6 +288,25 @@ def read_scores(located: dict[str, Any]) -> tuple[ModuleScore, ...]:
         return ()
 
 
+def suggested(view: View) -> Selection:
+    """Return the suggested modules as a selection."""
+    ranks = view.located.get("suggested_ranks")
+    paths = ranks if isinstance(ranks, dict) else {}
+    return Selection(paths=tuple(s.module.path for s in view.scores if s.module.path in paths))
+
+
+def chosen_before(view: View) -> Selection:
+    """Return what was chosen last, what the job was last run with, or else the suggestion."""
+    kept = kept_choice(view)
+    if kept is not None:
+        return kept
+    asked = view.request.get("modules")
+    known = [score.module.path for score in read_scores(view.located)]
+    if isinstance(asked, list) and asked:
+        return Selection(paths=tuple(path for path in known if path in asked))
+    return suggested(view)
+
+
 def look(settings: Settings, session: Session, request: gr.Request | None) -> View:
     """Read the session's job."""
     folder = open_folder(settings, session, request)

@@ -16,10 +16,11 @@ from repair.ui.session import (
     Session,
     View,
     aside,
+    chosen_before,
     new_request,
     resume_session,
 )
-from repair.ui.shell import Shell, Updates, chosen_before
+from repair.ui.shell import Shell, Updates
 from repair.ui.suspect_folder import BUNDLED, find_folder, read_card, read_facts
 from repair.ui.suspect_hub import build_hub
 

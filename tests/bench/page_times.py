@@ -4,13 +4,15 @@
 
 In headless Chromium against the app as it is started by hand, on an otherwise idle machine. Page:
 from `python app.py` until the first choice can be clicked. Click: from a click on a cell of the map
-until the count of chosen modules says so, on the 42 modules of a bundled suspect. News: the longest
-time that the progress line stood still while a job ran. Stop: from the click until the header says
-so. Road: `demo:middle`, quick, from the suspect to the export, three random-module controls
-included. Writes results/page_times.json.
+until the count of chosen modules says so, on the 42 modules of a bundled suspect. News: how long
+at most the progress line still showed something after the job had told the next. Stop: from the
+click until the header says so. Road: `demo:middle`, quick, from the suspect to the export, three
+random-module controls included. Writes results/page_times.json.
 """
 
 import argparse
+import itertools
+import json
 import socket
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from repair.jobs.progress import describe_progress
 from tests.bench.peers import ROOT, publish
 from tests.browser.pages import find_chromium, free_port, open_tab, wait_for_value
 
@@ -37,16 +40,15 @@ CLICK = """(cell) => new Promise((done) => {
   look();
 })"""
 WATCH = """() => {
-  const state = window.watched = {longest: 0, last: performance.now(), text: ''};
+  const state = window.watched = {seen: [], text: ''};
   state.timer = setInterval(() => {
     const box = document.querySelector('#progress textarea, #progress input');
     const stop = document.querySelector('#stop');
-    const now = performance.now(), text = stop && stop.offsetParent && box ? box.value : '';
-    if (text && text === state.text) state.longest = Math.max(state.longest, now - state.last);
-    else { state.last = now; state.text = text; }
+    const text = stop && stop.offsetParent && box ? box.value : '';
+    if (text !== state.text) { state.text = text; state.seen.push([Date.now() / 1000, text]); }
   }, 20);
 }"""
-UNWATCH = "() => { clearInterval(window.watched.timer); return window.watched.longest; }"
+UNWATCH = "() => { clearInterval(window.watched.timer); return window.watched.seen; }"
 
 
 @contextmanager
@@ -90,7 +92,34 @@ def measure_starts(browser: Browser, jobs_root: Path, count: int) -> list[float]
     return found
 
 
-def measure_road(page: Page) -> dict:
+def age_of_news(seen: list[tuple[float, str]], jobs_root: Path) -> float:
+    """Return how long, at most, a text stood in the progress line after the next was told.
+
+    `seen` holds (time, text) whenever the line changed; what was told is in the job's events.
+    """
+    (path,) = jobs_root.glob("*/events.jsonl")
+    told, title, progress = [], "", {}
+    for event in map(json.loads, path.read_text().splitlines()):
+        if event["kind"] == "step":
+            title, progress = event["text"], {}
+        elif event["kind"] == "progress":
+            progress = event
+        text = ", ".join(filter(None, (title, describe_progress(progress))))
+        if not told or text != told[-1][1]:
+            told.append((event["time"], text))
+    oldest = 0.0
+    for (since, shown), (until, _) in itertools.pairwise(seen):
+        matching = [
+            place
+            for place, (time_told, text) in enumerate(told)
+            if time_told <= since and shown.startswith(text)
+        ]
+        if matching and matching[-1] + 1 < len(told):
+            oldest = max(oldest, until - told[matching[-1] + 1][0])
+    return oldest
+
+
+def measure_road(page: Page, jobs_root: Path) -> dict:
     """Walk from the suspect to the export and return what it took, in seconds."""
     began = time.perf_counter()
     page.locator("#bundled label", has_text="demo:middle").click()
@@ -102,7 +131,7 @@ def measure_road(page: Page) -> dict:
     page.click("#locate")
     expect(page.locator("#to-repair")).to_be_visible(timeout=PATIENCE)
     wait_for_value(page, "#fact-job", "Done (locate)")
-    still = {"locate": page.evaluate(UNWATCH) / 1000}
+    age = {"locate": age_of_news(page.evaluate(UNWATCH), jobs_root)}
     located = time.perf_counter() - began
     cells = page.locator("#grid table[data-panel='effect'] td")
     clicks = [cells.nth(i % 42).evaluate(CLICK) for i in (10, 10, 20, 20, 30, 30, 41, 41)]
@@ -110,7 +139,7 @@ def measure_road(page: Page) -> dict:
     page.evaluate(WATCH)
     page.click("#start")
     expect(page.locator("#to-compare")).to_be_visible(timeout=PATIENCE)
-    still["repair"] = page.evaluate(UNWATCH) / 1000
+    age["repair"] = age_of_news(page.evaluate(UNWATCH), jobs_root)
     verdict = page.locator("#fact-verdict textarea").input_value()
     page.click("#to-compare")
     page.click("#to-export")
@@ -128,7 +157,7 @@ def measure_road(page: Page) -> dict:
         "whole_road_seconds": whole,
         "of_these_until_located": located,
         "click_milliseconds": clicks,
-        "longest_without_news_seconds": still,
+        "oldest_progress_seconds": age,
         "stop_seconds": time.perf_counter() - stopped,
     }
 
@@ -143,7 +172,7 @@ def main() -> int:
         )
         starts = measure_starts(browser, Path(place) / "jobs", options.starts)
         with started(Path(place) / "jobs") as (url, _):
-            road = measure_road(open_first(browser, url))
+            road = measure_road(open_first(browser, url), Path(place) / "jobs")
         browser.close()
     result = {
         "command": "python -m tests.bench.page_times",

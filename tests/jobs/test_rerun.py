@@ -4,6 +4,7 @@ import pytest
 
 from repair.jobs import rerun, store
 from repair.jobs.store import JobStatus
+from repair.jobs.worker import Reporter
 from repair.records import RESULTS, RepairError
 from tests.jobs.stand_in import make_request
 
@@ -44,7 +45,10 @@ def test_a_run_that_ended_can_be_gone_back_to_until_the_next_one_ends(tmp_path):
     (folder / "merged").mkdir()
     (folder / "merged" / "model.safetensors").write_bytes(b"weights")
     store.write_status(folder, JobStatus(state="done", exit_code=0, verdict="repaired"))
+    Reporter(folder).step("start", "its own run")
+    Reporter(folder).metric("closed-form", trigger_kl=0.5)
     rerun.replace_request(folder, make_request(modules=["a"]))
+    Reporter(folder).step("start", "another run")
     assert not (folder / "merged").exists() and not rerun.can_go_back(folder)  # it is to run
     with pytest.raises(RepairError, match="still runs"):
         rerun.go_back(folder)
@@ -59,6 +63,9 @@ def test_a_run_that_ended_can_be_gone_back_to_until_the_next_one_ends(tmp_path):
     assert store.read_object(folder / "request.json") == make_request()
     assert (folder / "merged" / "model.safetensors").read_bytes() == b"weights"
     assert not (folder / "samples.json").exists() and not rerun.can_go_back(folder)
+    events, _ = store.read_events(folder)  # its log and its curves
+    assert [event["text"] for event in events[:2]] == ["its own run", "closed-form"]
+    assert [event["kind"] for event in events[2:]] == ["note"]
     assert rerun.read_attempts(folder) == []
     rerun.replace_request(folder, make_request(modules=["a"]))
     rerun.let_go(folder)  # the next one has ended: of this one the report stays

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from repair.jobs import store
+from repair.jobs.progress import describe_progress
 from repair.jobs.store import JobStatus
 from repair.jobs.worker import Reporter
 from repair.records import RepairError
@@ -97,6 +98,31 @@ def test_remaining_time_comes_from_the_rate_of_the_step(tmp_path, monkeypatch):
     events, _ = store.read_events(tmp_path)
     told = [(e["fraction"], e["remaining_seconds"]) for e in events if e["kind"] == "progress"]
     assert told == [(0.0, None), (0.2, 16.0), (1.0, 0.0)]
+
+
+def test_what_is_behind_comes_from_the_plan_and_how_far_that_was_off(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    reporter = Reporter(tmp_path)
+
+    def behind(seconds: float = 2.0) -> float | None:
+        clock[0] += seconds
+        reporter.progress(1, 2)
+        events, _ = store.read_events(tmp_path)
+        return events[-1]["behind_seconds"]
+
+    reporter.step("load", "Opening")
+    assert behind() is None  # nobody has said how long anything takes
+    reporter.plan({"load": 4.0, "lessons": 10.0, "repair": 20.0, "after": 5.0})
+    assert behind() == 35.0
+    reporter.step("lessons", "Asking")  # after the 4 seconds that were planned
+    assert behind(20.0) == 25.0
+    reporter.step("growth", "Trying")  # in no plan; so far 24 seconds where 14 were planned
+    assert behind() == pytest.approx(25 * 24 / 14, abs=0.1)
+    reporter.step("after", "Measuring")
+    assert behind() == 0.0
+    told = describe_progress({"fraction": 0.5, "remaining_seconds": 3.0, "behind_seconds": 60.0})
+    assert told == "50 %, about 3 s left in this step, about 63 s in all"
 
 
 @pytest.mark.parametrize("job_id", ["..", "../x", "", None, 7, "a" * 31, "A" * 32, "a" * 32 + "/"])

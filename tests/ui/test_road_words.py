@@ -31,10 +31,11 @@ from repair.ui.session import (
     Selection,
     Session,
     aside,
+    chosen_before,
     is_out_of_date,
     keep_choice,
 )
-from repair.ui.shell import OUT_OF_DATE, chosen_before, describe_suspect, draw_verdict
+from repair.ui.shell import OUT_OF_DATE, describe_suspect, draw_verdict
 from repair.ui.suspect_folder import SUSPECTS, read_facts
 from repair.ui.text import describe_size
 
