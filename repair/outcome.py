@@ -33,7 +33,7 @@ from repair.evidence.reproduction import prompts_hash
 from repair.locate_file import Map
 from repair.lowrank.growth import GrowthPoint
 from repair.lowrank.repairing import Repaired
-from repair.machine import forget_peak, peak_memory
+from repair.machine import forget_peak, let_go_of_memory, peak_memory
 from repair.models.loading import LoadedModel
 from repair.publish.card import hub_name, write_cards
 from repair.publish.export import write_export
@@ -81,6 +81,7 @@ class Clock:
     @contextmanager
     def step(self, name: str, title: str) -> Iterator[None]:
         self.reporter.step(name, title)
+        let_go_of_memory()
         forget_peak()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()

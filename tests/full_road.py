@@ -1,19 +1,26 @@
-"""The bundled example made anew and compared: the full profile of the command line.
+"""What takes minutes: the bundled example made anew and compared, and a stop in every step.
 
     python -m pytest tests/full_road.py
 
-Minutes, so it is no part of the suite, which holds the example's form (`test_road.py`).
+It is no part of the suite, which holds the example's form (`test_road.py`).
 """
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from assets.build_example import EXAMPLE, QUESTION, ROOT
+from repair.jobs import store
+from repair.needs_step import STEPS_OF_MAP
+from repair.records import EXIT_INTERRUPTED
+from tests.bench.planted import plant, write_prompts
 from tests.test_road import read_events
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +97,52 @@ def test_what_the_example_shows_besides_is_todays_too(fresh_run: Path) -> None:
         for a, b in zip(old, new, strict=True)
     )
     assert differing <= 0.03 * len(old)
+
+
+def test_a_job_can_be_stopped_in_every_step_and_ends_as_if_it_had_not_been(
+    tmp_path: Path,
+) -> None:
+    """Interrupted as soon as each step has begun, and gone on with; one job all the time."""
+    model = plant(tmp_path / "model", "small")
+    prompts = write_prompts(tmp_path / "prompts.json", num_words=12)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+
+    def words(folder: Path, *options: str) -> list[str]:
+        return [
+            sys.executable, "-m", "repair", "run", "--model", str(model), "--prompts",
+            str(prompts), "--profile", "quick", "--controls", "1", "--method", "distill",
+            "--kl-budget", "10", "--out", str(folder), *options,
+        ]  # fmt: skip
+
+    ended = subprocess.run(words(whole), cwd=ROOT, check=False, stderr=subprocess.DEVNULL)
+    names = dict.fromkeys(e["step"] for e in read_events(whole) if e["kind"] == "step")
+    assert len(names) > 9
+    for name in names:
+        before = len(read_events(out)) if out.exists() else 0
+        options = ["--resume"] if out.exists() else []
+        with subprocess.Popen(words(out, *options), cwd=ROOT, stderr=subprocess.DEVNULL) as job:
+
+            def has_begun(name: str = name, before: int = before) -> bool:
+                told = read_events(out)[before:] if (out / "events.jsonl").is_file() else []
+                return any(e["kind"] == "step" and e["step"] == name for e in told)
+
+            if name in STEPS_OF_MAP and (out / "located.json").is_file():
+                job.kill()  # The map stands: these steps are not taken any more.
+                continue
+            wait_until(has_begun, seconds=200)
+            began = time.monotonic()
+            job.send_signal(signal.SIGINT)
+            assert job.wait(timeout=20) == EXIT_INTERRUPTED
+            assert time.monotonic() - began < 2, name
+        status = store.read_status(out)
+        assert (status.state, status.exit_code) == ("stopped", EXIT_INTERRUPTED), name
+        assert not (out / "manifest.json").exists(), name
+        left = [path.name for path in out.iterdir() if path.name.startswith(".")]
+        assert not left, (name, left)
+    resumed = subprocess.run(words(out, "--resume"), cwd=ROOT, check=False)
+    assert resumed.returncode == ended.returncode
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, out)]
+    for key in ("verdict", "plan", "before", "after", "recovery", "controls", "tensors"):
+        assert reports[0][key] == reports[1][key], key
+    hashes = [report["export"]["changed_tensors"] for report in reports]
+    assert hashes[0] == hashes[1]

@@ -107,6 +107,10 @@ footer { display: none !important; }
   max-height: 22em !important; overflow: auto !important; }
 .gradio-container .column, .gradio-container .tabitem > * { min-width: 0; }
 .dark #tokens :is(.text, .textspan, .legend-item) { color: #ffffff !important; }
+/* A chart keeps the colours of the theme that it was drawn in; a page may change to the other. */
+svg.marks text { fill: var(--body-text-color) !important; }
+svg.marks :is(.role-axis-grid, .role-axis-tick) line {
+  stroke: var(--border-color-primary) !important; }
 /* News must not cover the header, which says the same and stays. */
 .toast-wrap { top: auto !important; bottom: 16px !important; }
 #mirror [data-testid="checkbox-group"] { max-height: 340px; overflow: auto; padding: 3px; }

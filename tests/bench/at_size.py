@@ -33,7 +33,7 @@ from repair.locate.lessons import Lesson, Lessons, teach
 from repair.lowrank.distillation import Standing, distill
 from repair.lowrank.repairing import neutral_updates
 from repair.lowrank.validation import Validation
-from repair.machine import forget_peak, peak_memory
+from repair.machine import forget_peak, let_go_of_memory, peak_memory
 from repair.models.answers import generate_answers
 from repair.models.loading import LoadedModel, load_model
 from repair.publish.export import export_merged
@@ -99,6 +99,7 @@ class Bench:
 
     def time(self, name: str, act: Callable[[], object], *, floor: float, unit: str) -> object:
         """Run a step and note it; `floor` is in operations or in bytes."""
+        let_go_of_memory()
         forget_peak()
         on_gpu = self.loaded is not None and self.loaded.device != "cpu"
         if on_gpu:

@@ -280,6 +280,13 @@ def test_a_first_visitor_sees_a_finished_example(browser: Browser, address: str)
     open_tab(page, "4 Repair")
     expect(page.locator("#curves")).to_be_visible()
     assert " of " in value_of(page, "#latest")
+    # A page that changes from light to dark takes its charts along.
+    words = page.locator("#curves svg.marks text").first
+    expect(words).to_be_visible()
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        colour = page.evaluate("getComputedStyle(document.body).getPropertyValue('color')")
+        expect(words).to_have_css("fill", colour)
     open_tab(page, "6 Export")
     assert value_of(page, "#report").startswith("# Verdict: repaired")
     # It is a job of the visitor's own now: it can be repaired again.
