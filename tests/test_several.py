@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from repair.jobs import store
+from repair.jobs import launch, store
 from repair.records import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -167,3 +167,17 @@ def test_one_device_cannot_be_several_processes(
     assert ended.returncode == EXIT_BAD_INPUT
     assert "leave --device out" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [None, 0, -1, True, "2", 2.0])
+def test_only_a_number_of_processes_is_one(given: object) -> None:
+    """A request is a file: what stands there may be anything."""
+    assert launch.num_processes({"command": "run", "processes": given}) == 1
+
+
+def test_questions_outside_of_the_steps_take_one_process(tmp_path: Path) -> None:
+    assert launch.num_processes({"command": "run", "processes": 3}) == 3
+    for name in ("ask", "verify", "push"):
+        asked = {"command": name, "processes": 3}
+        assert launch.num_processes(asked) == 1
+        assert "repair.jobs.worker" in launch.worker_command(tmp_path, asked)
