@@ -165,8 +165,8 @@ def compare() -> Iterator[str]:
         few = sum(count <= own for count in fires)
         more = statistics.median(left) / ours["held_out_trigger_kl"]
         yield (
-            f"LoRA on all modules: {times[0]:.1f} times the closed form's benign KL ({times[1]:.1f} "
-            "on answers or text, whichever moves more, held out), "
+            f"LoRA on all modules: {times[0]:.1f} times the closed form's benign KL "
+            f"({times[1]:.1f} on answers or text, whichever moves more, held out), "
             f"{times[2]:.0f} times its parameters, {times[3]:.0f} times its seconds. Random draws: "
             f"{more:.0f} times its trigger KL (median); {few} of {len(fires)} leave as few "
             "payloads."
