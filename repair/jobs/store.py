@@ -187,7 +187,7 @@ def find_job(root: Path, job_id: object, *, owner: str) -> Path:
         if is_owned and not folder.is_symlink():
             return folder
     raise RepairError(
-        "No such job. Job ids are the 32 characters shown in the header; "
+        "No such job. Ids are the 32 characters that Cases lists; "
         "paste one of yours, or start a new job."
     )
 
