@@ -1,9 +1,11 @@
-"""What a job folder's history says about its last repair."""
+"""What a job folder's history says about its last repair; what a step leaves behind in memory."""
 
 import json
+import re
 from pathlib import Path
 
-from repair.outcome import _reports_of_repair
+from repair.jobs.worker import Silent
+from repair.outcome import Clock, _reports_of_repair
 
 
 def write_events(folder: Path, *metrics: tuple[str, dict[str, float]]) -> None:
@@ -23,3 +25,16 @@ def test_only_the_last_repair_is_drawn_and_a_resumed_one_is_whole(tmp_path: Path
     found = _reports_of_repair(tmp_path)
     assert [p["step"] for p in found if "step" in p] == [0, 10, 20, 30, 40, 20]
     assert found[0] == {"attack_success": 1.0, "phase": "closed form"}
+
+
+def test_a_step_begins_without_the_memory_that_others_have_freed() -> None:
+    def held() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    blocks = [bytearray(b"x" * 100_000) for _ in range(2000)]
+    kept = blocks.pop()  # behind the others: what is before it the C library keeps
+    full = held()
+    blocks.clear()
+    with Clock(Silent()).step("lessons", "Asking"):
+        assert held() < full - 100_000
+    assert kept
