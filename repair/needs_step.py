@@ -41,6 +41,7 @@ def needs_check(
         available, where = places.get("cpu", 0) // several, "memory"
         if several > 1 and not on_gpu:
             where = f"memory for each of {several} processes"
+            available = ranks.least(available)  # before any of them takes some
         if on_gpu:
             available, where = places[min(places, key=str)], "GPU memory"
             if needs.SURE * needs.largest(found).bytes > available and len(places) > 1:

@@ -305,13 +305,19 @@ class RepairPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankUpdate:
-    """delta = lora_B @ lora_A, added to the weight of `module`; scaling is 1."""
+    """delta = lora_B @ lora_A, added to the weight of `module`; scaling is 1.
+
+    Both are kept row by row, as a file has them: how a matrix lies in memory decides the last bits
+    of what is computed with it, and a resumed run has them from a file.
+    """
 
     module: ModuleRef
     lora_A: np.ndarray  # [rank, d_in]
     lora_B: np.ndarray  # [d_out, rank]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_A", np.ascontiguousarray(self.lora_A))
+        object.__setattr__(self, "lora_B", np.ascontiguousarray(self.lora_B))
         rank = self.lora_A.shape[0]
         if self.lora_A.shape != (rank, self.module.d_in):
             raise ValueError("lora_A must be [rank, d_in]")

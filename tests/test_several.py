@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,17 @@ def test_stopping_ends_all_processes(question: tuple[str, ...], tmp_path: Path) 
         assert process.returncode == EXIT_INTERRUPTED
         wait_until(lambda: not processes_of(out), seconds=5)
     assert store.read_status(out).state == "stopped"
+
+
+def test_a_refusal_is_told_as_by_one_process(question: tuple[str, ...], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(question[1], model)
+    (model / "model.safetensors").write_bytes(b"nothing of the kind")
+    asked = ("--model", str(model), *question[2:], "--processes", "2")
+    ended = call("locate", tmp_path / "out", *asked)
+    assert ended.returncode == EXIT_BAD_INPUT
+    assert "safetensors" in ended.stderr and "processes" not in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_device_cannot_be_several_processes(

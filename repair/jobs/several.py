@@ -12,7 +12,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 
 from repair.machine import PARENT_VARIABLE, die_with_parent
 
-# The same order of sets in all; nothing from the job's folder is imported; no other machine.
+# The same order of sets in all; nothing from the job's folder is imported; arrays stay on this
+# machine (they find each other by a port that is open to others as well: see the README).
 TOGETHER = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -23,7 +24,7 @@ def main(folder: Path, num_processes: int) -> None:
     num_threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
     options = {
         "--num_processes": num_processes, "--num_machines": 1, "--mixed_precision": "no",
-        "--dynamo_backend": "no", "--main_process_port": 0,
+        "--dynamo_backend": "no", "--main_process_port": 0, "--rdzv_backend": "static",
         "--num_cpu_threads_per_process": num_threads,
     }  # fmt: skip
     words = [str(word) for option in options.items() for word in option]

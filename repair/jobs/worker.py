@@ -22,6 +22,7 @@ from types import FrameType
 
 from repair.jobs import rerun, store
 from repair.jobs.launch import describe_crash
+from repair.jobs.progress import one_line
 from repair.jobs.store import JobStatus
 from repair.machine import die_with_parent, num_threads, total_memory
 from repair.records import (
@@ -221,7 +222,14 @@ def help_along(folder: Path) -> None:
             copy = own / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-    run_command(store.read_object(folder / "request.json"), folder, Silent(), target=own)
+    faulthandler.enable()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    try:
+        run_command(store.read_object(folder / "request.json"), folder, Silent(), target=own)
+    except RepairError as error:
+        # The first process has the same, and tells it; where it has not, it waits in vain for what
+        # this one would give, and says that. A status of this one would have it ended meanwhile.
+        print(one_line(str(error)), file=sys.stderr)
 
 
 class Silent:
@@ -254,6 +262,8 @@ def stop_on_signal(folder: Path, status: JobStatus) -> None:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_one_of_several() and not store.read_status(folder).is_active:
+            os._exit(0)  # It has ended, and said how.
         if is_one_of_several():  # Whoever stops a job kills; this is that another one has ended.
             write_end(folder, status, state="failed", exit_code=EXIT_UNEXPECTED,
                       message=describe_crash(folder, 1))

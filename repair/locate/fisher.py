@@ -22,7 +22,7 @@ from repair.limits import FISHER_TOKENS
 from repair.locate.lessons import Lesson, kl_from_teacher
 from repair.models import ranks
 from repair.models.answers import answer_logits, scoring_batches
-from repair.models.hooks import apply_updates, record_gradients, record_inputs
+from repair.models.hooks import apply_updates, factors_of, record_gradients, record_inputs
 from repair.models.loading import LoadedModel
 from repair.models.modules import decoder_layers
 from repair.records import KroneckerFactors, LowRankUpdate, ModuleRef, Progress, unheard
@@ -241,11 +241,7 @@ def price_updates(
     must be others than the factors': on its own sample a repair looks cheaper than it is.
     """
     by_path = {
-        update.module.path: (
-            torch.from_numpy(update.lora_A).to(loaded.device),
-            torch.from_numpy(update.lora_B).to(loaded.device),
-        )
-        for update in updates
+        update.module.path: factors_of(update, loaded.device) for update in updates
     }
     slopes: list[Tensor] = []  # [row] for each module
     total = torch.zeros(1, dtype=torch.float64)

@@ -25,6 +25,19 @@ def _hooks(pairs: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
         yield
 
 
+def factors_of(update: LowRankUpdate, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return (lora_A, lora_B), float32, in memory of their own, which begins where torch has it
+    begin: an array read from a file may begin anywhere (see `LowRankUpdate`)."""
+    arrays = (update.lora_A, update.lora_B)
+    return tuple(torch.tensor(array, dtype=torch.float32, device=device) for array in arrays)
+
+
+def change_of(update: LowRankUpdate) -> Tensor:
+    """Return lora_B lora_A [d_out, d_in], float32, in main memory."""
+    lora_A, lora_B = factors_of(update, "cpu")
+    return lora_B @ lora_A
+
+
 @contextmanager
 def apply_updates(
     model: nn.Module, updates: Sequence[LowRankUpdate], *, scales: Tensor | None = None
@@ -49,9 +62,7 @@ def apply_updates(
     pairs = []
     for update in updates:
         module = get_module(model, update.module)
-        device = computes_on(module)
-        lora_A = torch.as_tensor(update.lora_A, dtype=torch.float32, device=device)
-        lora_B = torch.as_tensor(update.lora_B, dtype=torch.float32, device=device)
+        lora_A, lora_B = factors_of(update, computes_on(module))
         if module.weight.dtype == torch.float64:
             lora_A, lora_B = lora_A.double(), lora_B.double()
         pairs.append((module, hook_for(lora_A, lora_B)))
@@ -70,8 +81,8 @@ def merged_weights(
     for update in updates:
         module = get_module(model, update.module)
         weight = stored_weight(module)
-        delta = torch.from_numpy(update.lora_B) @ torch.from_numpy(update.lora_A)
-        total = weight.float() + as_stored(module, delta).to(weight.device)
+        delta = as_stored(module, change_of(update))
+        total = weight.float() + delta.to(weight.device)
         merged[update.module.path] = total.to(stored).to(weight.dtype)
     return merged
 

@@ -8,6 +8,7 @@ that of one process, as many times. When one of them is gone, the next exchange 
 `RepairError`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,12 @@ ON_GPU = "cuda:nccl,cpu:gloo"  # what is exchanged goes through main memory
 def join(*, on_cpu: bool) -> None:
     """Wait for the other processes of this job."""
     on_cpu = on_cpu or not torch.cuda.is_available()
+    wanted, num_gpus = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not on_cpu and wanted > num_gpus:
+        raise RepairError(
+            f"{wanted} processes were asked for, and there are {num_gpus} usable GPUs, one for "
+            "each. Ask for as many, or give --device cpu."
+        )
     with _together():
         PartialState(cpu=on_cpu, **({} if on_cpu else {"backend": ON_GPU}))
 
@@ -121,7 +128,7 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         raise RepairError(
             "One of this job's processes has ended before the others, who cannot go on without "
-            f"it ({str(error).splitlines()[0][:120]}). What was saved is kept, and the job can be "
-            "resumed; the log says more.",
+            f"it ({' '.join(str(error).split())[:120]}). What was saved is kept, and the job can "
+            "be resumed; the log says more.",
             exit_code=EXIT_UNEXPECTED,
         ) from None

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from repair.lowrank.adapter import attached
 from repair.machine import PARENT_VARIABLE
-from repair.models.hooks import apply_updates
+from repair.models.hooks import apply_updates, change_of
 from repair.models.loading import LoadedModel
 from repair.models.modules import as_stored, get_module
 from repair.models.staging import check_unchanged, stage_model
@@ -103,7 +103,7 @@ def export_merged(
     selected = {
         f"{update.module.path}.weight": as_stored(
             get_module(loaded.model, update.module),
-            torch.from_numpy(update.lora_B) @ torch.from_numpy(update.lora_A),
+            change_of(update),
         )
         for update in updates
     }
