@@ -65,7 +65,8 @@ def benign_cost(
 
     nll = 0.0
     kls = torch.zeros(len(prompts), dtype=torch.float64)
-    for batch, (picked, kl) in zip(batches, ranks.deal(len(batches), measure), strict=True):
+    dealt = ranks.deal([1] * len(batches), measure)
+    for batch, (picked, kl) in zip(batches, dealt, strict=True):
         nll -= float(picked)
         members = torch.tensor(batch.members)
         kls.index_add_(0, members[batch.rows.cpu()], torch.from_numpy(kl))

@@ -234,5 +234,5 @@ def measure_kl(
         return [kl_from_teacher(lesson, batch, logits).double().sum().cpu().numpy()]
 
     with apply_updates(loaded.model, updates):
-        sums = ranks.deal(len(batches), measure)
+        sums = ranks.deal([1] * len(batches), measure)
     return sum(float(kl) for (kl,) in sums) / sum(batch.labels.numel() for batch in batches)

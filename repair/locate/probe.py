@@ -73,10 +73,8 @@ def probe_modules(
         bare[-1].kl += bare[-1].summed_kl(logits)
     counts = sum(torch.bincount(one.kinds, minlength=2) for one in bare)
     unit = (sum(one.kl[0] for one in bare) / counts[0]).item()  # J
-    num_done = 0
 
     def probe(number: int) -> list[np.ndarray]:
-        nonlocal num_done
         ref = modules[number]
         step = steps[ref.path]
         kl = torch.zeros(len(DROPS), 2, dtype=torch.float64)
@@ -89,12 +87,11 @@ def probe_modules(
                 kl += one.kl
         kl /= counts
         best = kl.sum(1).nan_to_num(torch.inf, posinf=torch.inf).argmin()
-        num_done += ranks.count()
-        progress(min(num_done, len(modules)), len(modules))
         return [kl[best].numpy()]
 
     found = {}
-    for ref, (kl,) in zip(modules, ranks.deal(len(modules), probe), strict=True):
+    dealt = ranks.deal([1] * len(modules), probe, progress)
+    for ref, (kl,) in zip(modules, dealt, strict=True):
         trigger_kl, benign_kl = kl.tolist()
         found[ref.path] = Probe(trigger_kl=trigger_kl, benign_kl=benign_kl, start_kl=unit)
     return found

@@ -144,19 +144,16 @@ class Runs:
         """
         passes = list(self._passes(patches))
         outputs = self._own_outputs if from_itself else self._source_outputs
-        num_done = 0
 
         def run(number: int) -> list[np.ndarray]:
-            nonlocal num_done
             layer, members = passes[number]
             found = self._patched_from(layer, [patches[i] for i in members], outputs)
-            num_done += len(members) * ranks.count()
-            progress(min(num_done, len(patches)), len(patches))
             return [found.margin.cpu().numpy(), found.kl.cpu().numpy()]
 
         margins: list[Tensor | None] = [None] * len(patches)
         kls: list[Tensor | None] = [None] * len(patches)
-        for (_, members), found in zip(passes, ranks.deal(len(passes), run), strict=True):
+        dealt = ranks.deal([len(members) for _, members in passes], run, progress)
+        for (_, members), found in zip(passes, dealt, strict=True):
             margin, kl = (torch.from_numpy(values).to(self.device) for values in found)
             for block, index in enumerate(members):
                 margins[index], kls[index] = margin[block], kl[block]

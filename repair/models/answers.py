@@ -62,17 +62,14 @@ def generate_answers(
     if ranks.count() > 1:  # each gets a batch
         batch_tokens = min(batch_tokens, -(-sum(lengths) // ranks.count()))
     groups = list(batches(lengths, batch_tokens=batch_tokens))
-    num_done = 0
 
     def answer(number: int) -> list[np.ndarray]:
-        nonlocal num_done
         found = _continue(loaded, [prompts[i] for i in groups[number]], num_new_tokens)
-        num_done += len(groups[number]) * ranks.count()
-        progress(min(num_done, len(prompts)), len(prompts))
         return [np.array([is_finite for _, is_finite in found]), *(new for new, _ in found)]
 
     answers: list[Answer | None] = [None] * len(prompts)
-    for group, (finite, *continued) in zip(groups, ranks.deal(len(groups), answer), strict=True):
+    dealt = ranks.deal([len(group) for group in groups], answer, progress)
+    for group, (finite, *continued) in zip(groups, dealt, strict=True):
         stops = [np.flatnonzero(np.isin(new, ends))[:1] for new in continued]
         kept = [
             new[: stop[0]] if stop.size else new

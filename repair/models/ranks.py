@@ -20,7 +20,7 @@ from accelerate import PartialState
 from safetensors.numpy import load, save
 from torch import Tensor
 
-from repair.records import EXIT_UNEXPECTED, RepairError
+from repair.records import EXIT_UNEXPECTED, Progress, RepairError, unheard
 
 ON_GPU = "cuda:nccl,cpu:gloo"  # what is exchanged goes through main memory
 
@@ -64,14 +64,29 @@ def leave() -> bool:
     return is_first
 
 
-def deal(num: int, work: Callable[[int], Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Return the arrays that `work(i)` makes, for each i below `num`; each i is one process's."""
+def deal(
+    sizes: Sequence[int],
+    work: Callable[[int], Sequence[np.ndarray]],
+    progress: Progress = unheard,
+) -> list[list[np.ndarray]]:
+    """Return the arrays that `work(i)` makes, for each i; each i is one process's, and of
+    `sizes[i]` in the progress."""
+    total, num_done = sum(sizes), 0
+
+    def advance(i: int) -> list[np.ndarray]:
+        nonlocal num_done
+        found = list(work(i))
+        num_done += sizes[i] * count()  # The others are about as far.
+        progress(min(num_done, total), total)
+        return found
+
+    num = len(sizes)
     if count() == 1:
-        return [list(work(i)) for i in range(num)]
+        return [advance(i) for i in range(num)]
     own = {
         f"{i} {place}": np.array(array, order="C")
         for i in range(index(), num, count())
-        for place, array in enumerate(work(i))
+        for place, array in enumerate(advance(i))
     }
     found: list[dict[int, np.ndarray]] = [{} for _ in range(num)]
     for packed in _exchange(save(own)):

@@ -97,13 +97,13 @@ def main(model: str, out: Path) -> None:
     dealt = np.zeros(2, dtype=np.int64)
     deal = ranks.deal
 
-    def counted(num, work):
+    def counted(sizes, work, *progress):
         def one(i: int):
             dealt[0] += 1
             return work(i)
 
-        dealt[1] += num
-        return deal(num, one)
+        dealt[1] += len(sizes)
+        return deal(sizes, one, *progress)
 
     ranks.deal = counted
     ranks.join(on_cpu=True)
