@@ -235,7 +235,8 @@ def build_repair(shell: Shell) -> None:
     def draw_live(view: View) -> Updates:
         metrics = view.log.metrics if view.command == "run" else []
         drawn: Updates = {
-            curves: gr.Row(visible=bool(metrics)),
+            # Taken off the page while they are still being drawn, charts throw an error.
+            curves: gr.Row(visible=bool(metrics) or ("hidden" if view.is_active else False)),
             latest: gr.Textbox(value=describe_latest(metrics), visible=bool(metrics)),
         }
         if metrics:

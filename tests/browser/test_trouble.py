@@ -261,6 +261,15 @@ def test_a_finished_repair_outlives_the_next_one_that_is_broken_off(
     expect(page.locator("#back-to-finished")).to_be_hidden()
     open_tab(page, "Compare")
     expect(page.locator("#gates")).to_be_visible()
+    # Charts that are being drawn anew, since the window has changed, are put out of sight by Start.
+    open_tab(page, "Repair")
+    expect(page.locator("#curves svg.marks").first).to_be_visible()
+    page.set_viewport_size({"width": 1400, "height": 1600})
+    page.click("#start")
+    wait_for_value(page, "#fact-job", "Running")
+    expect(page.locator("#curves")).to_be_hidden()
+    page.click("#stop")
+    wait_for_value(page, "#fact-job", "Stopped")
     assert problems == []
 
 
