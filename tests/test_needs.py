@@ -179,3 +179,19 @@ def test_a_job_that_one_gpu_does_not_hold_counts_with_all_there_is(
         needs_step.needs_check({"command": "locate"}, tmp_path, reporter)(
             staged, "float32", "cuda"
         )
+
+
+def test_a_map_that_stands_is_not_planned_again(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    planned = []
+    for asked in ({"command": "run"}, {"command": "run", "resume": True}):
+        reporter = Reporter(tmp_path)
+        (tmp_path / "located.json").write_text("{}")
+        load_model(
+            str(tiny_llama_folder), stage_folder=tmp_path / "stage" / str(len(planned)),
+            device="cpu", check=needs_step.needs_check(asked, tmp_path, reporter),
+        )  # fmt: skip
+        planned.append(set(reporter.expected))
+    assert planned[0] - planned[1] == set(needs_step.STEPS_OF_MAP)
+    assert {"before", "repair", "after"} <= planned[1]

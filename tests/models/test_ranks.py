@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from repair.models import ranks
+from repair.records import RepairError
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (
@@ -66,6 +67,14 @@ def test_each_does_its_part(found) -> None:
     assert own == num > 50
     for part in both:
         assert 0.35 * num < part["dealt"][0] < 0.65 * num
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RepairError, match="3 processes were asked for, and there are 2"):
+        ranks.join(on_cpu=False)
 
 
 def test_one_process_exchanges_nothing() -> None:
